@@ -37,6 +37,7 @@ EXTRAS = {
         "fsspec[http]>=2024.6",
         "matplotlib>=3.8",
         "mlflow>=3.0",
+        "psutil>=5.9",
         "triton>=3.5; sys_platform == 'linux'",
         "webdataset>=1.0",
     ],
@@ -69,7 +70,7 @@ EXTRAS = {
     # Decoders of families that our own transformer does not compute (`decoders[].implementation`).
     "transformers": ["transformers>=5.0"],
     # `arc-ds eval`.
-    "eval": ["bm25s>=0.2", "pyarrow>=16.0", "rouge-score>=0.1.2", "sacrebleu>=2.4"],
+    "eval": ["bm25s>=0.2", "pyarrow>=16.0", "rouge-score>=0.1.2", "sacrebleu>=2.4", "zstandard>=0.22"],
     # Needs no more than the core so far; the name is fixed.
     "store": [],
 }

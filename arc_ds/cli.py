@@ -35,6 +35,7 @@ COMMANDS = {
     "generate": Command("arc_ds.commands.generate", "let a decoder continue prompts with compressed contexts"),
     "eval": Command("arc_ds.commands.eval", "evaluate systems on datasets, score, compare and report"),
     "serve": Command("arc_ds.commands.serve", "serve OpenAI's API; documents are read in compressed form"),
+    "ui": Command("arc_ds.commands.ui", "open the MLflow store of a folder of runs in a browser"),
     "doctor": Command("arc_ds.commands.doctor", "check this machine and say how to fix what is missing"),
     "demo": Command("arc_ds.commands.demo", "build shards, train, resume, export and use a small ARC-Encoder"),
 }

@@ -69,6 +69,12 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def manifest_digest(folder: Path) -> str:
+    """The digest of a checkpoint's manifest. It identifies the checkpoint, because the manifest has all checksums."""
+    read_manifest(folder)
+    return str(read_json(folder / MANIFEST_NAME)["digest"])
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file of a checkpoint. Raises CheckpointError if it is missing, or is not JSON."""
     return read_user_json(path, CheckpointError, remedy="Use another checkpoint of the run.")

@@ -140,7 +140,7 @@ def _machine() -> Iterator[Finding]:
 
 def _tracking() -> Iterator[Finding]:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    yield Finding("tracking", f"MLflow at {uri}" if uri else "MLflow in sqlite, in the run's folder")
+    yield Finding("tracking", f"MLflow at {uri}" if uri else "MLflow in sqlite, in the folder that holds the runs")
 
 
 def _demo() -> Iterator[Finding]:

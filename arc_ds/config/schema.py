@@ -411,7 +411,10 @@ class TrackingConfig:
     run_name: str | None = None
     """The MLflow run's name. None: the name of the run's folder."""
     uri: PathText | None = None
-    """Tracking server. None: sqlite in the run's folder. MLFLOW_TRACKING_URI in the environment overrides both."""
+    """Tracking server. None: `mlflow.db` in the folder that holds run_dir, which all runs there share.
+    `sqlite:///PATH/mlflow.db` gives a run a file of its own. MLFLOW_TRACKING_URI in the environment overrides both."""
+    system_metrics_every_s: Annotated[float, Range(at_least=0, cure="0 turns them off.")] = 30.0
+    """Seconds between samples of each host's processors, memory, disk and network for MLflow. 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

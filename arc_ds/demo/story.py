@@ -24,7 +24,6 @@ from arc_ds.system.files import output
 from arc_ds.system.locks import LOCK_FILE, writing
 from arc_ds.tokenizers import Tokenizer
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
-from arc_ds.tracking.uris import sqlite_uri
 
 RECIPE = Path("ds_configs") / "recipes" / "demo.yaml"
 DEEPSPEED = Path("ds_configs") / "cpu.json"
@@ -177,8 +176,7 @@ def _close(run_dir: Path, image: Path, export: Path, *, minutes: float) -> None:
         print(f"   {label:32}{values[0]:>9.3f}{values[1]:>9.3f}{values[2]:>12.3f}{values[3]:>11.3f}{last[name]:>12.3f}")
     print("   Gap closed: 0 if the compressed text is useless, 1 if it is as good as the full text.")
     print(f"   Picture: {image}   Weights: {export}   Minutes: {minutes:.1f}")
-    uri = shlex.quote(sqlite_uri((run_dir / "mlflow.db").resolve()))
-    print(f"   The run in MLflow: mlflow ui --backend-store-uri {uri}")
+    print(f"   The run in MLflow: arc-ds ui {shlex.quote(str(run_dir.parent))}")
 
 
 def _run(command: list[str]) -> None:

@@ -23,7 +23,7 @@ from arc_ds.checkpoints.checkpoint import (
 )
 from arc_ds.checkpoints.frozen_source import FrozenSource
 from arc_ds.checkpoints.kept_ports import name_in_export, read_kept_ports
-from arc_ds.checkpoints.manifest import read_manifest
+from arc_ds.checkpoints.manifest import manifest_digest, read_manifest
 from arc_ds.checkpoints.shards import SavedParameter, open_shards
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.errors import CheckpointError, ConfigError, words_of
@@ -56,6 +56,7 @@ class TrainedCompressor:
     max_context_tokens: length of the longest context in training; None if the checkpoint does not record it.
     averaged_steps: steps of the checkpoints whose mean this is; empty for one checkpoint.
     record: the run's own record of the training; None if this is no checkpoint of a run.
+    checkpoint: digest of the checkpoint (`manifest_digest`), of the last one if this is a mean; None if there is none.
     """
 
     spec: CompressorSpec
@@ -69,6 +70,7 @@ class TrainedCompressor:
     max_context_tokens: int | None = None
     averaged_steps: tuple[int, ...] = ()
     record: TrainingRecord | None = None
+    checkpoint: str | None = None
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -178,7 +180,7 @@ def consolidate(checkpoint: Path, encoder: Path | None = None) -> TrainedCompres
                 trained = _with_frozen(trained, FrozenSource(**frozen), encoder)
             if (scale := state.extra.get("lora_scale")) is not None:
                 trained = replace(trained, tensors=merge_adapters(trained.tensors, float(scale)))
-            return trained
+            return replace(trained, checkpoint=manifest_digest(checkpoint))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint}/trainer.json does not describe a compressor as this version of `arc-ds train` does "

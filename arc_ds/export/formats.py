@@ -249,6 +249,7 @@ def _training(trained: TrainedCompressor, fingerprints: list[str]) -> dict[str, 
         "encoder_tokenizer": fingerprints,
         "decoders": decoders,
         "max_context_tokens": trained.max_context_tokens,
+        **({} if trained.checkpoint is None else {"checkpoint": trained.checkpoint}),
     }
 
 

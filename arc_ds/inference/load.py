@@ -115,6 +115,14 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcF
     return folder
 
 
+def source_checkpoint(folder: Path) -> str | None:
+    """Digest of the checkpoint that an export of ARC-DS was made of; None if the folder records none."""
+    for name in (EXPORT_CONFIG, ARC_DECODERS):
+        if (folder / name).is_file() and isinstance(digest := Fields.read(folder / name).get("checkpoint"), str):
+            return digest
+    return None
+
+
 def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Compressor:
     """Build a compressor of the given spec with the source's tensors. Raises WeightsError if they do not fit."""
     compressor = empty_compressor(spec, source.path)

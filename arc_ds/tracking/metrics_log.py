@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,6 +77,24 @@ def read_metrics(path: Path, start: int = 0) -> Iterator[MetricsEntry]:
             if entry is None:
                 return
             yield entry
+
+
+def read_step(path: Path, step: int) -> list[MetricsEntry]:
+    """The entries of one step, found by bisection because the steps of the file never decrease."""
+    low, high = 0, path.stat().st_size  # the first entry from `step` on starts in [low, high]
+    with path.open("rb") as file:
+        while low < high:
+            middle = (low + high) // 2
+            file.seek(max(middle - 1, 0))
+            if middle:
+                file.readline()  # the rest of a line
+            line = file.readline()
+            entry = _parse(line, file.tell())
+            if entry is None or entry.step >= step:
+                high = middle
+            else:
+                low = entry.end
+    return list(takewhile(lambda entry: entry.step == step, read_metrics(path, low)))
 
 
 def _parse(line: bytes, end: int) -> MetricsEntry | None:

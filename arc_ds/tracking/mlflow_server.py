@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import glob
-import logging
+import hashlib
+import json
+import math
 import os
 import platform
 import re
-import shutil
-import sqlite3
 import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from arc_ds.config.schema import TrackingConfig
 from arc_ds.errors import ConfigError
+from arc_ds.tracking import checkpoint_models
+from arc_ds.tracking.checkpoint_models import Checkpoint
+from arc_ds.tracking.database import artifact_folder, make_database, open_client
 from arc_ds.tracking.faults import is_refused
 from arc_ds.tracking.metrics_log import MetricsEntry
 from arc_ds.tracking.tracking import Tracker
@@ -29,29 +29,30 @@ from arc_ds.tracking.uris import (
     URI_VARIABLE,
     resolve_uri,
     sqlite_database,
-    sqlite_uri,
     without_secret,
 )
 from arc_ds.version import __version__
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 _KEY_TAG = "arc_ds.run_key"
+FOLDER_TAG = "arc_ds.run_dir"
+STAGE_TAG = "arc_ds.stage"
+SOURCE_TAG = "arc_ds.source_checkpoint"
 # MLflow's limits: items per request, and characters of a parameter value, a tag value and a digest.
 _PER_BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 _PARAM_CHARS = 6000
 _TAG_CHARS = 5000
-_DIGEST_CHARS = 36
+DIGEST_CHARS = 36
+_DATASET_CHARS = 500
+_LONG_PARAMS = "long_parameters.json"
+_HELD_OUT = "held-out"
+_SCORE = re.compile(r"validation/.+/(nll_\w+|gap_closed)")
 _FORBIDDEN = re.compile(r"[^/\w.\- :]")
 # Launchers by a variable that they set for each rank; the first one that is set counts.
 _LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed", "SLURM_PROCID": "srun"}
 _VERSIONS_OF = ("torch", "deepspeed", "triton", "mlflow", "webdataset", "numpy")
-# By default MLflow waits 120 s and tries 8 times; a dead server would block the thread for a quarter of an hour. It
-# also sends usage telemetry by default.
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +63,16 @@ class RunFacts:
     artifacts: text by file name (config.yaml, deepspeed.json).
     tags: from `environment_tags`.
     datasets: the training data: digest of the shards' manifest by folder of the shards.
+    held_out: digest of the held-out samples; None if there are none.
+    source_checkpoint: digest of the checkpoint whose weights the run starts from (`encoder.init_from`), if known.
     """
 
     params: Mapping[str, Any]
     artifacts: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     datasets: Mapping[str, str] = field(default_factory=dict)
+    held_out: str | None = None
+    source_checkpoint: str | None = None
 
 
 def start_tracker(
@@ -100,7 +105,7 @@ def environment_tags(*, device: str, hosts: Sequence[str], placements: Mapping[s
         "world_size": str(len(hosts)),
         "device": device,
         "launcher": next((launcher for name, launcher in _LAUNCHERS.items() if name in os.environ), "none"),
-        **{f"placement.{_allowed_name(name)}": placement for name, placement in placements.items()},
+        **{f"placement.{allowed_name(name)}": placement for name, placement in placements.items()},
     }
     if (job := os.environ.get("SLURM_JOB_ID")) is not None:
         tags["slurm_job"] = job
@@ -135,26 +140,12 @@ class MlflowServer:
     def __init__(self, uri: str, config: TrackingConfig, facts: RunFacts, folder: Path) -> None:
         """Import MLflow and connect. folder: the run's folder; it names the run."""
         self._database = sqlite_database(uri)
-        set_environment()
-        if self._database is not None:
-            # With a pool, MLflow would keep writing to the file of a database that was removed or replaced.
-            os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
-            uri = for_mlflow(uri)
-            if self._database.parent == folder:  # in any other folder the leftovers may belong to a running process
-                for leftover in folder.glob(f".{glob.escape(self._database.name)}-*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
-        with home():
-            from mlflow import MlflowClient
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it reports each pool and table
-        if self._database is not None:
-            _make_database(self._database)
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client = open_client(uri)
         self._experiment = config.experiment
         self._run_name = config.run_name or folder.name
         self._facts = facts
-        # With a database, MLflow would otherwise store artifacts in ./mlruns of the current folder. They lie beside the
-        # database, because all runs of an experiment share its place: the folder of one run must not hold the others'.
-        self._artifacts = None if self._database is None else (self._database.parent / "mlartifacts").as_uri()
+        self._folder = folder
+        self._artifacts = None if self._database is None else artifact_folder(self._database).as_uri()
         self._refused_metrics: set[str] = set()
 
     def open_run(self, run_key: str, run_id: str | None) -> str:
@@ -163,8 +154,8 @@ class MlflowServer:
         A run that was deleted is not found, so it is replaced by a new one.
         """
         if self._database is not None:
-            _make_database(self._database)  # it may have been removed
-        experiment_id = self._experiment_id()
+            make_database(self._database)  # it may have been removed
+        experiment_id = experiment_of(self._client, self._experiment, self._artifacts)
         found = self._find_run(experiment_id, run_key, run_id)
         if found is None:
             return str(
@@ -182,8 +173,9 @@ class MlflowServer:
         failed: dict[str, Exception] = {}
         for name, write in (
             ("the parameters", self._write_params),
-            ("the tags", partial(self._write_tags, tags=self._facts.tags)),
+            ("the tags", partial(self._write_tags, tags=self._own_tags())),
             ("the datasets", self._write_datasets),
+            ("the link to the run of encoder.init_from", self._write_source),
         ):
             try:
                 failed |= write(run_id)
@@ -194,7 +186,9 @@ class MlflowServer:
     def store_artifacts(self, run_id: str) -> dict[str, Exception]:
         """Store the artifacts. Returns those that could not be stored. The artifact store may take minutes to fail."""
         failed: dict[str, Exception] = {}
-        for name, text in self._facts.artifacts.items():
+        long = {key: str(value) for key, value in self._facts.params.items() if len(str(value)) > _PARAM_CHARS}
+        more = {_LONG_PARAMS: json.dumps(long, indent=1)} if long else {}
+        for name, text in {**self._facts.artifacts, **more}.items():
             try:
                 self._client.log_text(run_id, text, name)
             except Exception as error:
@@ -203,7 +197,7 @@ class MlflowServer:
 
     def steps_of(self, run_id: str, key: str, from_step: int) -> set[int]:
         """Steps >= `from_step` for which the run has a point of `key`."""
-        history = self._client.get_metric_history(run_id, _allowed_name(key))
+        history = self._client.get_metric_history(run_id, allowed_name(key))
         return {point.step for point in history if point.step >= from_step}
 
     def send(self, run_id: str, entries: list[MetricsEntry]) -> dict[str, Exception]:
@@ -214,7 +208,7 @@ class MlflowServer:
         from mlflow.entities import Metric
 
         points = [
-            (f"metric {key}", Metric(_allowed_name(key), value, round(entry.time * 1000), entry.step))
+            (f"metric {key}", Metric(allowed_name(key), value, round(entry.time * 1000), entry.step))
             for entry in entries
             for key, value in entry.metrics.items()
             if f"metric {key}" not in self._refused_metrics
@@ -223,6 +217,50 @@ class MlflowServer:
         self._refused_metrics |= refused.keys()
         return refused
 
+    def logged_checkpoints(self, run_id: str) -> dict[int, str]:
+        """Digests of the checkpoints that `log_checkpoint` has stored, by step."""
+        return checkpoint_models.logged_checkpoints(self._client, run_id)
+
+    def log_checkpoint(
+        self, run_id: str, checkpoint: Checkpoint, entries: Sequence[MetricsEntry], *, are_ours: bool
+    ) -> None:
+        """Store a checkpoint as a LoggedModel with the losses and scores of its step, each with its dataset.
+
+        entries: the step's metrics, which `send` has stored.
+        are_ours: whether all points of the step were sent in this start. Otherwise the server may have those of an
+            earlier start, with other times.
+        """
+        from mlflow.entities import Metric
+
+        points = []
+        for entry in entries:
+            for key, value in entry.metrics.items():
+                dataset = self._dataset_of(key)
+                # MLflow's tables of models have no NaN: it would store 0.
+                is_about = dataset is not None or key.startswith(checkpoint_models.EVALUATION)
+                if not is_about or not math.isfinite(value) or f"metric {key}" in self._refused_metrics:
+                    continue
+                point = None if are_ours else self._stored_point(run_id, key, entry.step)
+                value, time_ms = point or (value, round(entry.time * 1000))
+                points.append(Metric(allowed_name(key), value, time_ms, entry.step, None, *(dataset or (None, None))))
+        checkpoint_models.log_checkpoint(self._client, run_id, checkpoint, points)
+
+    def _stored_point(self, run_id: str, key: str, step: int) -> tuple[float, int] | None:
+        """Value and time of the server's point; None if it has none."""
+        history = self._client.get_metric_history(run_id, allowed_name(key))
+        return next(((point.value, point.timestamp) for point in history if point.step == step), None)
+
+    def _dataset_of(self, key: str) -> tuple[str, str] | None:
+        """Name and digest of the dataset that a metric is about; None for speed, memory and the like."""
+        if key.startswith("train/loss") and self._facts.datasets:
+            named = [(Path(source).name or source, digest) for source, digest in self._facts.datasets.items()]
+            name = "+".join(name for name, _ in named)
+            digest = named[0][1] if len(named) == 1 else hashlib.sha256(repr(named).encode()).hexdigest()
+            return name[:_DATASET_CHARS], digest[:DIGEST_CHARS]
+        if _SCORE.fullmatch(key):
+            return None if self._facts.held_out is None else (_HELD_OUT, self._facts.held_out[:DIGEST_CHARS])
+        return None
+
     def end_run(self, run_id: str, status: str) -> None:
         """Mark the run as ended: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(run_id, status=status)
@@ -230,10 +268,15 @@ class MlflowServer:
     def _write_params(self, run_id: str) -> dict[str, Exception]:
         from mlflow.entities import Param
 
-        params = {_allowed_name(key): str(value)[:_PARAM_CHARS] for key, value in self._facts.params.items()}
+        whole = {allowed_name(key): str(value) for key, value in self._facts.params.items()}
+        params = {key: _shortened(value) for key, value in whole.items()}
         known = self._client.get_run(run_id).data.params
         new = [(f"parameter {key}", Param(key, value)) for key, value in params.items() if key not in known]
-        changed = {f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value}
+        changed = {
+            f"changed.{key}": value
+            for key, value in params.items()
+            if known.get(key, value) not in (value, whole[key][:_PARAM_CHARS])  # earlier versions left out the note
+        }
         refused = self._deliver(run_id, "params", new, _PER_BATCH["params"])
         return refused | self._write_tags(run_id, changed)
 
@@ -243,18 +286,34 @@ class MlflowServer:
         items = [(f"tag {key}", RunTag(key, value[:_TAG_CHARS])) for key, value in tags.items()]
         return self._deliver(run_id, "tags", items, _PER_BATCH["tags"])
 
+    def _own_tags(self) -> dict[str, str]:
+        stage = "pretraining" if self._facts.params.get("encoder.init_from") is None else "fine-tuning"
+        source = self._facts.source_checkpoint
+        ours = {FOLDER_TAG: str(self._folder), STAGE_TAG: stage, **({} if source is None else {SOURCE_TAG: source})}
+        return {**self._facts.tags, **ours}
+
     def _write_datasets(self, run_id: str) -> dict[str, Exception]:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         failed: dict[str, Exception] = {}
-        for source, digest in self._facts.datasets.items():
-            dataset = Dataset(Path(source).name or source, digest[:_DIGEST_CHARS], "local", source)
-            tags = [InputTag("mlflow.data.context", "training")]
+        inputs = [
+            ("training", Path(source).name or source, digest, source) for source, digest in self._facts.datasets.items()
+        ]
+        if self._facts.held_out is not None:
+            inputs.append(("validation", _HELD_OUT, self._facts.held_out, "data.validation"))
+        for context, name, digest, source in inputs:
+            dataset = Dataset(name, digest[:DIGEST_CHARS], "local", source)
+            tags = [InputTag("mlflow.data.context", context)]
             try:
                 self._client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=tags)])
             except Exception as error:
                 failed[f"dataset {source}"] = error
         return failed
+
+    def _write_source(self, run_id: str) -> dict[str, Exception]:
+        if (digest := self._facts.source_checkpoint) is not None:
+            checkpoint_models.link_to_source(self._client, run_id, digest)
+        return {}
 
     def _deliver(
         self, run_id: str, kind: Literal["metrics", "params", "tags"], items: list[tuple[str, Any]], size: int
@@ -277,26 +336,6 @@ class MlflowServer:
                     refused[part[0][0]] = error
         return refused
 
-    def _experiment_id(self) -> str:
-        from mlflow.exceptions import MlflowException
-
-        found = self._client.get_experiment_by_name(self._experiment)
-        if found is None:
-            try:
-                return str(self._client.create_experiment(self._experiment, artifact_location=self._artifacts))
-            except MlflowException:
-                # Another run may have created it in the meantime. If not, the next line raises the actual error.
-                found = self._client.get_experiment_by_name(self._experiment)
-                if found is None:
-                    raise
-        if found.lifecycle_stage != "active":
-            raise ConfigError(
-                f"the experiment {self._experiment!r} was deleted on the tracking server, so MLflow accepts no run in "
-                f"it. Restore it (mlflow experiments restore --experiment-id {found.experiment_id}, with "
-                f"{URI_VARIABLE} set), or set tracking.experiment to another name."
-            )
-        return str(found.experiment_id)
-
     def _find_run(self, experiment_id: str, run_key: str, run_id: str | None) -> str | None:
         from mlflow.exceptions import MlflowException
 
@@ -311,57 +350,41 @@ class MlflowServer:
         return str(runs[0].info.run_id) if runs else None
 
 
-def _make_database(path: Path) -> None:
-    """Create MLflow's database file atomically if it does not exist, or if it is empty.
+def experiment_of(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    """Id of an experiment, which is created if it does not exist.
 
-    MLflow needs seconds to create its tables, and it can neither use nor repair a database left by a kill. SQLite
-    leaves an empty file if it opens a database that was removed.
+    artifacts: URI of its artifacts; None for the server's default.
+
+    Raises ConfigError if the experiment was deleted.
     """
-    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
-    if path.exists() and path.stat().st_size > 0:
-        with closing(sqlite3.connect(path)) as database:  # MLflow would try for 100 s before it reports a fault
-            database.execute("SELECT 1 FROM sqlite_master LIMIT 1")
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        MlflowClient(tracking_uri=for_mlflow(sqlite_uri(made))).search_experiments(max_results=1)
-        if path.exists() and path.stat().st_size == 0:
-            path.unlink()
-        with suppress(FileExistsError):  # another run created it in the meantime
-            os.link(made, path)
-
-
-def set_environment() -> None:
-    """Set MLflow's variables that the user has not set. Call it before MLflow is imported."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts))
+        except MlflowException:
+            # Another run may have created it in the meantime. If not, the next line raises the actual error.
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise ConfigError(
+            f"the experiment {name!r} was deleted on the tracking server, so MLflow accepts no run in it. Restore it "
+            f"(mlflow experiments restore --experiment-id {found.experiment_id}, with {URI_VARIABLE} set), or set "
+            "tracking.experiment to another name."
+        )
+    return str(found.experiment_id)
 
 
-def for_mlflow(uri: str) -> str:
-    """The URI of a sqlite database with its driver. Without it, MLflow creates a folder of the still quoted path."""
-    return uri.replace("sqlite:", "sqlite+pysqlite:", 1) if "%" in uri else uri
-
-
-@contextmanager
-def home() -> Iterator[None]:
-    """A HOME while MLflow is imported: it asks for the home folder, which a user without a passwd entry lacks.
-
-    DeepSpeed tries the same import earlier. If that failed, its remains in `sys.modules` would make ours fail too.
-    """
-    if "mlflow" in sys.modules or os.path.expanduser("~") != "~":
-        yield
-        return
-    for name in [name for name in sys.modules if name.startswith("mlflow.")]:
-        del sys.modules[name]
-    os.environ["HOME"] = tempfile.gettempdir()
-    try:
-        yield
-    finally:
-        del os.environ["HOME"]
-
-
-def _allowed_name(name: str) -> str:
+def allowed_name(name: str) -> str:
     """A name with the characters that MLflow allows in names of metrics and parameters."""
     return _FORBIDDEN.sub("_", name)
+
+
+def _shortened(value: str) -> str:
+    """A parameter within MLflow's limit, with a note if a part is left out."""
+    if len(value) <= _PARAM_CHARS:
+        return value
+    note = f"... [{len(value)} characters, whole in {_LONG_PARAMS}]"
+    return value[: _PARAM_CHARS - len(note)] + note

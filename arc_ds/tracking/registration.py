@@ -10,7 +10,7 @@ from pathlib import Path
 
 from arc_ds.errors import ConfigError
 from arc_ds.system.packages import require
-from arc_ds.tracking import mlflow_server
+from arc_ds.tracking.database import for_mlflow, home, set_environment
 from arc_ds.tracking.faults import remedy, words_of
 from arc_ds.tracking.tracking_state import STATE_NAME, TrackingState
 from arc_ds.tracking.uris import resolve_uri, sqlite_database, without_secret
@@ -33,13 +33,13 @@ def register_export(export: Path, name: str, *, run: Path, configured: str | Non
     """
     require("mlflow")
     uri, run_id = find_mlflow_run(run, configured)
-    mlflow_server.set_environment()
+    set_environment()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    with mlflow_server.home():
+    with home():
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     try:
-        uri = mlflow_server.for_mlflow(uri)
+        uri = for_mlflow(uri)
         experiment_id = MlflowClient(tracking_uri=uri).get_run(run_id).info.experiment_id
         return _log_and_register(uri, experiment_id, run_id, export, name, step)
     except (MlflowException, OSError) as error:

@@ -26,8 +26,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arc_ds.tracking.checkpoint_models import find_checkpoints
 from arc_ds.tracking.faults import is_lasting, remedy, words_of
-from arc_ds.tracking.metrics_log import METRICS_NAME, MetricsEntry, MetricsLog, read_metrics
+from arc_ds.tracking.metrics_log import METRICS_NAME, MetricsEntry, MetricsLog, read_metrics, read_step
+from arc_ds.tracking.system_metrics import SYSTEM_FOLDER
 from arc_ds.tracking.tracking_state import TrackingState, load_state, save_state
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _ENTRIES_PER_BATCH = 200
 _IDLE_S = 1.0
+_LOOK_EVERY_S = 5.0  # for checkpoints
 _MAX_NAMED = 5
 # Pause after a failure; doubled after each further one.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
@@ -149,6 +152,10 @@ class _Sender(threading.Thread):
         self._position: int | None = None
         # Steps >= `sent_step` that the server already has, by key; reset after every failure.
         self._known: dict[str, set[int]] = {}
+        self._known_until = state.sent_step  # later points are on the server only if this start has sent them
+        # Digests of the checkpoints on the server, by step; None until the server has been asked.
+        self._checkpoints: dict[int, str] | None = None
+        self._look_at = 0.0  # time of the next look for checkpoints
 
     def run(self) -> None:
         """Send new entries until the final status is set; after each consecutive failure, wait longer."""
@@ -173,6 +180,8 @@ class _Sender(threading.Thread):
             if not self._is_open:
                 self._open()
             self._send_batch()
+            self._send_system_metrics()
+            self._log_checkpoints()
             return True
         except Exception as error:  # errors of a server, driver or network must not reach training
             self._is_open, self._known = False, {}
@@ -196,6 +205,8 @@ class _Sender(threading.Thread):
             self._server.end_run(self.state.run_id, status)
         except Exception as error:
             logger.warning("the run could not be marked as ended: %s", words_of(error))
+        if self.has_sent_all():
+            self._log_checkpoints(is_end=True)
         if self._artifacts is not None:
             self._artifacts.join()
 
@@ -234,8 +245,8 @@ class _Sender(threading.Thread):
                     "%s no longer has the run %s; the run %s replaces it and gets all metrics of %s",
                     *(self.state.uri, self.state.run_id, run_id, self._path),
                 )
-            self._remember(replace(self.state, run_id=run_id, sent_step=0, described=False))
-            self._is_complete = False
+            self._remember(replace(self.state, run_id=run_id, sent_step=0, described=False, sent_system={}))
+            self._is_complete, self._checkpoints = False, None
         if not self._is_complete:
             failed = self._server.describe(run_id)
             self._is_complete = not failed
@@ -264,7 +275,7 @@ class _Sender(threading.Thread):
                 break
             known_step = entry.step
         logger.warning("%s has lost metrics after step %d; they are sent again", self.state.uri, known_step)
-        self._remember(replace(self.state, sent_step=known_step))
+        self._remember(replace(self.state, sent_step=known_step, sent_system={}))
         last = self._last_before(known_step)
         return 0 if last is None else last.end
 
@@ -319,6 +330,41 @@ class _Sender(threading.Thread):
         self._position = entries[-1].end
         self._remember(replace(self.state, sent_step=max(self.state.sent_step, entries[-1].step)))
 
+    def _send_system_metrics(self) -> None:
+        """Send new samples of all hosts. A sample that is sent twice stays one point, because its time is equal."""
+        assert self._server is not None and self.state.run_id is not None
+        for path in sorted((self._folder / SYSTEM_FOLDER).glob("*.jsonl")):
+            start = self.state.sent_system.get(path.name, 0)
+            entries = list(islice(read_metrics(path, start), _ENTRIES_PER_BATCH))
+            if entries:
+                self._warn_about_rest(self._server.send(self.state.run_id, entries))
+                self._remember(replace(self.state, sent_system={**self.state.sent_system, path.name: entries[-1].end}))
+
+    def _log_checkpoints(self, *, is_end: bool = False) -> None:
+        """Store new checkpoints whose metrics have all been sent. A failure holds nothing else back.
+
+        is_end: whether no more metrics will come.
+        """
+        assert self._server is not None and self.state.run_id is not None
+        if time.monotonic() < self._look_at and not is_end:
+            return
+        self._look_at = time.monotonic() + _LOOK_EVERY_S
+        try:
+            if self._checkpoints is None:
+                self._checkpoints = self._server.logged_checkpoints(self.state.run_id)
+            for found in find_checkpoints(self._folder):
+                if self._checkpoints.get(found.step) != found.digest and (is_end or found.step < self.state.sent_step):
+                    entries, are_ours = read_step(self._path, found.step), found.step > self._known_until
+                    self._server.log_checkpoint(self.state.run_id, found, entries, are_ours=are_ours)
+                    self._checkpoints[found.step] = found.digest
+        except Exception as error:
+            self._checkpoints, self._look_at = None, time.monotonic() + _LONGEST_PAUSE_S
+            self._warn_once(
+                "checkpoints",
+                "%s does not store checkpoints as models (%s). Metrics are sent all the same, and the run tries again.",
+                *(self.state.uri, words_of(error)),
+            )
+
     def _without_known(self, entry: MetricsEntry) -> MetricsEntry:
         left = {key: value for key, value in entry.metrics.items() if entry.step not in self._known_steps(key)}
         return replace(entry, metrics=left)
@@ -328,6 +374,7 @@ class _Sender(threading.Thread):
         assert self._server is not None and self.state.run_id is not None
         if key not in self._known:
             self._known[key] = self._server.steps_of(self.state.run_id, key, self.state.sent_step)
+            self._known_until = max(self._known_until, *self._known[key], 0)
         return self._known[key]
 
     def _remember(self, state: TrackingState) -> None:

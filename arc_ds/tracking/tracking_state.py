@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from arc_ds.system.files import write_whole
@@ -22,6 +23,7 @@ class TrackingState:
     run_id: MLflow's id of the run; None before the server has created it.
     sent_step: all metrics below this step are known to be on the server.
     described: whether parameters, tags and artifacts are on the server.
+    sent_system: how many bytes of each host's system metrics have been sent, by the name of the host's file.
     """
 
     run_key: str
@@ -29,6 +31,7 @@ class TrackingState:
     run_id: str | None = None
     sent_step: int = 0
     described: bool = False
+    sent_system: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_state(folder: Path, *, uri: str, resumed_step: int, run_id: str | None) -> TrackingState:
@@ -41,7 +44,8 @@ def load_state(folder: Path, *, uri: str, resumed_step: int, run_id: str | None)
     try:
         found = TrackingState(**json.loads((folder / STATE_NAME).read_text(encoding="utf-8")))
         uuid.UUID(found.run_key)  # it becomes part of a query
-        found = replace(found, sent_step=int(found.sent_step))
+        sent_system = {str(name): int(end) for name, end in found.sent_system.items()}
+        found = replace(found, sent_step=int(found.sent_step), sent_system=sent_system)
     except (OSError, ValueError, TypeError, AttributeError):
         found = TrackingState(run_key=uuid.uuid4().hex, uri=uri, run_id=run_id)
     if found.uri != uri:

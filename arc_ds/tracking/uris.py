@@ -13,6 +13,7 @@ from arc_ds.system.user_paths import user_path
 
 HOST_AND_PORT = re.compile(r"[\w.-]+:\d+")
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+DATABASE = "mlflow.db"
 _USER = re.compile(r"([A-Za-z][\w+.-]*://)[^/?#\s]*@")
 _WORDS = ("databricks", "databricks-uc", "uc")  # MLflow's addresses without a scheme
 _ALLOW_FOLDERS = "MLFLOW_ALLOW_FILE_STORE"
@@ -20,14 +21,34 @@ _FIRST_WITHOUT_FOLDERS = (3, 13)
 
 
 def resolve_uri(folder: Path, configured: str | None) -> str:
-    """The tracking URI from the environment, else from the config, else sqlite in the run's folder.
+    """The tracking URI of a run: from the environment, else from the config, else that of `default_database`.
 
     A plain path becomes a file: URI, because MLflow would unquote it.
+
+    folder: the run's folder.
+    configured: tracking.uri.
     """
     uri = user_path(os.environ.get(URI_VARIABLE, "")) or configured
     if not uri:
-        return sqlite_uri(folder.resolve() / "mlflow.db")
+        return sqlite_uri(default_database(folder))
     return Path(uri).absolute().as_uri() if uri not in _WORDS and _scheme(uri) == "" else uri
+
+
+def default_database(folder: Path) -> Path:
+    """The database of a run that names no other: `mlflow.db` in the folder that holds the run's folder.
+
+    All runs there share it. A run continues in its own folder if that has a database, as those of earlier versions do,
+    or if it is the only one of the two folders that can be written.
+
+    folder: the run's folder.
+    """
+    own = folder.resolve()
+    is_alone = own.is_dir() and not os.access(own.parent, os.W_OK) and os.access(own, os.W_OK)
+    return (own if is_alone or _is_filled(own / DATABASE) else own.parent) / DATABASE
+
+
+def _is_filled(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def sqlite_uri(database: Path) -> str:
@@ -70,7 +91,7 @@ def check_uri(folder: Path, configured: str | None) -> None:
     is_database = store.suffix in (".db", ".sqlite", ".sqlite3") or store.is_file()
     raise ConfigError(
         f"{key} is the folder {store}, but MLflow {'.'.join(map(str, _FIRST_WITHOUT_FOLDERS))} and later do not write "
-        f"to folders. Set it to a database: {key}={sqlite_uri(store if is_database else store / 'mlflow.db')}. Or set "
+        f"to folders. Set it to a database: {key}={sqlite_uri(store if is_database else store / DATABASE)}. Or set "
         f"{_ALLOW_FOLDERS}=true in the environment."
     )
 

@@ -3,7 +3,8 @@
 RUN/config.yaml         the resolved config of the last start
 RUN/checkpoints/        see `checkpoint.py`
 RUN/metrics.jsonl       every metric of every step
-RUN/mlflow.db           MLflow's tracking store, unless the config names another one
+RUN/system_metrics/     load of each host
+RUN/../mlflow.db        MLflow's tracking store of all runs beside it, unless the config names another one
 RUN/lock                held by the run that writes here
 """
 
@@ -36,6 +37,7 @@ from arc_ds.checkpoints.writer import CheckpointWriter
 from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
 from arc_ds.config.schema import RunConfig, SourceConfig
 from arc_ds.errors import CheckpointError, ConfigError, DataError, StorageError, TokenizerError, WeightsError
+from arc_ds.inference.load import source_checkpoint
 from arc_ds.planning.sizes import longest_context
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device
@@ -44,6 +46,7 @@ from arc_ds.system.locks import LOCK_FILE, writing
 from arc_ds.system.urls import shown_url
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.tracking.mlflow_server import RunFacts, environment_tags, package_versions, start_tracker
+from arc_ds.tracking.system_metrics import SystemMetrics
 from arc_ds.tracking.tracking import Tracker
 from arc_ds.tracking.uris import without_secret
 from arc_ds.training.build_model import lora_spec
@@ -175,12 +178,17 @@ class RunFolder:
         self._error: StorageError | None = None  # of the newest save
         mlflow_run_id = self._resume()
         self._tracker: Tracker | None = None
-        hosts = dist.gather_objects(socket.gethostname())
+        self._system: SystemMetrics | None = None
+        host = socket.gethostname()
+        hosts = dist.gather_objects(host)
         with dist.fail_together(), output(run.folder):
             if dist.is_main():
                 run.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(run.folder / CONFIG_NAME, dump_yaml(config))
                 self._tracker = _open_tracker(config, run, mlflow_run_id, hosts)
+            every_s = config.tracking.system_metrics_every_s if config.tracking.mlflow else 0
+            if every_s and hosts.index(host) == dist.rank():
+                self._system = SystemMetrics(run.folder, host, every_s=every_s)
         check_shared(run.folder)
 
     def _resume(self) -> str | None:
@@ -260,6 +268,8 @@ class RunFolder:
         status: FINISHED, FAILED or KILLED (stopped, can be resumed).
         """
         self._writer.close()
+        if self._system is not None:
+            self._system.close()
         if self._tracker is not None:
             self._tracker.close(status)
 
@@ -337,6 +347,10 @@ def _open_tracker(config: RunConfig, run: Run, mlflow_run_id: str | None, hosts:
             placements={name: placed.placement for name, placed in zip(run.decoder_names, run.decoders, strict=True)},
         ),
         datasets={source.shards.name: source.shards.fingerprint for source in run.data.sources},
+        held_out=None if run.validator is None else run.validator.fingerprint,
+        source_checkpoint=None
+        if config.encoder.init_from is None
+        else source_checkpoint(Path(config.encoder.init_from)),
     )
     return start_tracker(run.folder, config.tracking, facts, resumed_step=run.step, run_id=mlflow_run_id)
 

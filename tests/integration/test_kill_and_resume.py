@@ -211,11 +211,26 @@ def _assert_same_run(run: Path, whole: Path) -> None:
 
 
 def _assert_one_point_a_step(run: Path) -> None:
-    """MLflow has a single run, and for every metric exactly one point for each step in `metrics.jsonl`."""
-    assert not list(run.glob(".mlflow*")), "the next start must remove database leftovers of a kill"
-    database = sqlite3.connect(run / "mlflow.db")
-    assert database.execute("select count(*), min(status) from runs").fetchall() == [(1, "FINISHED")]
-    points = Counter(database.execute("select key, step from metrics").fetchall())
+    """MLflow has a single run, and for every metric exactly one point for each step in `metrics.jsonl`.
+
+    Each checkpoint that is still there is a model with the loss of its step.
+    """
+    assert not list(run.parent.glob(".mlflow*")), "the next start must remove database leftovers of a kill"
+    database = sqlite3.connect(run.parent / "mlflow.db")
+    ids = database.execute(
+        "select run_uuid from tags where key = 'arc_ds.run_dir' and value = ?", [str(run)]
+    ).fetchall()
+    assert len(ids) == 1
+    assert database.execute("select status from runs where run_uuid = ?", ids[0]).fetchall() == [("FINISHED",)]
+    found = database.execute("select key, step from metrics where run_uuid = ? and key not like 'system/%'", ids[0])
+    points = Counter(found.fetchall())
+    models = database.execute(
+        "select name, metric_step from logged_models join logged_model_metrics using (model_id) "
+        "where source_run_id = ? and metric_name = 'train/loss'",
+        ids[0],
+    ).fetchall()
+    kept = {path.parent.name for path in run.glob("checkpoints/step_*/manifest.json")}
+    assert kept <= {name for name, _ in models} and all(name == f"step_{step:06d}" for name, step in models)
     expected = {(key, entry.step) for entry in read_metrics(run / METRICS_NAME) for key in entry.metrics}
     assert points == Counter(expected)
     assert {step for key, step in expected if key == "train/loss"} == set(range(1, STEPS + 1))

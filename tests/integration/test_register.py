@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 from arc_ds import ArcModel
+from arc_ds.checkpoints.manifest import manifest_digest
 from arc_ds.cli import main
 from arc_ds.config.schema import TrackingConfig
 from arc_ds.errors import ConfigError
+from arc_ds.inference.load import source_checkpoint
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
+from arc_ds.tracking.checkpoint_models import find_checkpoints
 from arc_ds.tracking.mlflow_server import RunFacts, start_tracker
 from arc_ds.tracking.registration import find_mlflow_run
 from tests.helpers.tiny_export import tiny_trained
@@ -54,7 +57,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def _client(run: Path) -> Any:
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=f"sqlite:///{run}/mlflow.db")
+    return MlflowClient(tracking_uri=f"sqlite:///{run.parent}/mlflow.db")
 
 
 def test_a_registered_model_compresses_in_a_fresh_process(
@@ -101,19 +104,25 @@ def test_what_mlflow_refuses_is_one_error_and_the_export_stays(
     assert main(["export", str(run), str(tmp_path / "out"), "--register", "a/b:c"]) == EXIT_USER_ERROR
     assert "is whole, but cannot be registered as 'a/b:c'" in capsys.readouterr().err
     assert main(["export", "--verify", str(tmp_path / "out")]) == 0
+    (checkpoint,) = find_checkpoints(run)
+    assert source_checkpoint(tmp_path / "out") == checkpoint.digest == manifest_digest(checkpoint.path), "for lineage"
+    config = tmp_path / "out" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "checkpoint": None}))
+    assert source_checkpoint(tmp_path / "out") is None, "as for an earlier export"
     assert _client(run).get_run(find_mlflow_run(run, None)[1]).info.status == "KILLED"
 
 
 def test_a_moved_run_has_its_database_with_it(run: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for name in ("mlflow.db", "tracking_state.json"):
-        (moved / name).write_bytes((run / name).read_bytes())
-    state = json.loads((moved / "tracking_state.json").read_text())
+    moved = tmp_path / "runs" / "moved"
+    moved.mkdir(parents=True)
+    state = json.loads((run / "tracking_state.json").read_text())
     state["uri"] = f"sqlite:///{tmp_path}/gone/mlflow.db"
     (moved / "tracking_state.json").write_text(json.dumps(state))
-    assert find_mlflow_run(moved, None)[0] == f"sqlite:///{moved}/mlflow.db"
-    (moved / "mlflow.db").unlink()
+    for place in (moved.parent, moved):  # with all runs of its folder, and with a database of its own
+        (place / "mlflow.db").write_bytes((run.parent / "mlflow.db").read_bytes())
+        assert find_mlflow_run(moved, None)[0] == f"sqlite:///{place}/mlflow.db"
+    for place in (moved.parent, moved):
+        (place / "mlflow.db").unlink()
     with pytest.raises(ConfigError, match=r"gone/mlflow.db, the MLflow database of the run in .* does not exist"):
         find_mlflow_run(moved, None)
     state |= {"uri": "http://host:1", "run_id": None}

@@ -1,7 +1,8 @@
-"""The tracker with the real MLflow: sqlite in the run's folder, kill -9 and resume, and an unreachable server."""
+"""The tracker with the real MLflow: one sqlite for all runs of a folder, kill -9 and resume, an unreachable server."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -70,17 +71,21 @@ def _client(folder: Path) -> Any:
 
 def test_facts_and_metrics_arrive_and_a_changed_parameter_becomes_a_tag(tmp_path: Path) -> None:
     params = {f"key.{number}": number for number in range(150)} | {"long": "x" * 7000}
-    first = _start(tmp_path, params)
+    first = _start(tmp_path / "run", params)
     first.log(1, {"train/loss": 2.5, "lr/encoder": 1e-5})
     first.log(2, {"train/loss": float("nan")})
     assert first.close("KILLED", timeout_s=LIMIT_S)
-    second = _start(tmp_path, {**params, "key.0": "changed"}, resumed_step=2)
+    second = _start(tmp_path / "run", {**params, "key.0": "changed"}, resumed_step=2)
     assert second.close("FINISHED", timeout_s=LIMIT_S)
     assert second.run_id == first.run_id is not None
     run = _client(tmp_path).get_run(first.run_id)
     assert len(run.data.params) == 151 and len(run.data.params["long"]) == 6000
+    assert run.data.params["long"].endswith("x... [7000 characters, whole in long_parameters.json]")
+    (whole,) = tmp_path.glob("mlartifacts/*/artifacts/long_parameters.json")
+    assert json.loads(whole.read_text()) == {"long": "x" * 7000} and "changed.long" not in run.data.tags
+    assert run.data.tags["arc_ds.run_dir"] == str(tmp_path / "run") and run.data.tags["arc_ds.stage"] == "pretraining"
     assert run.data.params["key.0"] == "0" and run.data.tags["changed.key.0"] == "changed"
-    assert (run.info.status, run.info.run_name) == ("FINISHED", tmp_path.name)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "run")
     assert run.inputs.dataset_inputs[0].dataset.name == "shards"
     history = _client(tmp_path).get_metric_history(first.run_id, "train/loss")
     assert [point.step for point in history] == [1, 2] and history[0].value == 2.5
@@ -89,13 +94,14 @@ def test_facts_and_metrics_arrive_and_a_changed_parameter_becomes_a_tag(tmp_path
 
 
 def test_kill_9_and_resume_leave_one_run_with_one_point_a_step(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LOGS_UNTIL_KILLED, str(tmp_path)]
+    command = [sys.executable, "-c", LOGS_UNTIL_KILLED, str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         step, run_id = process.stdout.readline().split()
         time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
+    assert _client(tmp_path).get_run(run_id).info.status == "RUNNING", "until the next start"
     resumed = int(step) - 20
-    tracker = _start(tmp_path, {"seed": 0}, resumed_step=resumed)
+    tracker = _start(tmp_path / "run", {"seed": 0}, resumed_step=resumed)
     last = int(step) + 100
     for again in range(resumed + 1, last + 1):
         tracker.log(again, {"loss": 1.0 / again})
@@ -103,7 +109,7 @@ def test_kill_9_and_resume_leave_one_run_with_one_point_a_step(tmp_path: Path) -
     assert tracker.run_id == run_id
     client = _client(tmp_path)
     runs = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
-    assert [run.info.run_id for run in runs] == [run_id]
+    assert [(run.info.run_id, run.info.status) for run in runs] == [(run_id, "FINISHED")]
     points = Counter(point.step for point in client.get_metric_history(run_id, "loss"))
     assert points == Counter(range(1, last + 1))
 
@@ -120,8 +126,8 @@ def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypat
             uri, facts = f"sqlite:///{tmp_path}/mlflow.db", RunFacts(params={})
             MlflowServer(uri, TrackingConfig(), facts, tmp_path)
     assert not (tmp_path / "mlflow.db").exists()
-    (tmp_path / ".mlflow.db-left-by-a-kill").mkdir()
-    tracker = _start(tmp_path, {"seed": 0})
+    (tmp_path / ".mlflow.db-new" / "left-by-a-kill").mkdir(parents=True)
+    tracker = _start(tmp_path / "run", {"seed": 0})
     tracker.log(1, {"loss": 1.0})
     assert tracker.close(timeout_s=LIMIT_S)
     assert [point.step for point in _client(tmp_path).get_metric_history(tracker.run_id, "loss")] == [1]
@@ -144,7 +150,7 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize("removed", ["run", "database"])
 @pytest.mark.parametrize("when", ["between two starts", "while the run works", "after its last metric"])
 def test_a_run_that_the_server_lost_is_replaced_with_all_its_metrics(tmp_path: Path, removed: str, when: str) -> None:
-    tracker = _start(tmp_path, {"seed": 0})
+    tracker = _start(tmp_path / "run", {"seed": 0})
     _log(tracker, 1, 40)
     assert tracker.flush(LIMIT_S)
     former = tracker.run_id
@@ -155,7 +161,7 @@ def test_a_run_that_the_server_lost_is_replaced_with_all_its_metrics(tmp_path: P
     else:
         (tmp_path / "mlflow.db").unlink()
     if when == "between two starts":
-        tracker = _start(tmp_path, {"seed": 0}, resumed_step=40)
+        tracker = _start(tmp_path / "run", {"seed": 0}, resumed_step=40)
     last = 40 if when == "after its last metric" else 60
     _log(tracker, 41, last)
     assert tracker.close(timeout_s=LIMIT_S) and tracker.run_id != former
@@ -166,14 +172,14 @@ def test_a_run_that_the_server_lost_is_replaced_with_all_its_metrics(tmp_path: P
 
 
 def test_a_database_that_was_restored_gets_the_points_that_it_lacks(tmp_path: Path) -> None:
-    tracker = _start(tmp_path, {"seed": 0})
+    tracker = _start(tmp_path / "run", {"seed": 0})
     _log(tracker, 1, 40)
     assert tracker.flush(LIMIT_S)
     shutil.copy(tmp_path / "mlflow.db", tmp_path / "backup")
     _log(tracker, 41, 60)
     assert tracker.close("KILLED", timeout_s=LIMIT_S)
     os.replace(tmp_path / "backup", tmp_path / "mlflow.db")
-    again = _start(tmp_path, {"seed": 0}, resumed_step=60)
+    again = _start(tmp_path / "run", {"seed": 0}, resumed_step=60)
     _log(again, 61, 80)
     assert again.close(timeout_s=LIMIT_S) and again.run_id == tracker.run_id
     assert _steps(tmp_path, again.run_id) == _steps(tmp_path, again.run_id, "rate") == list(range(1, 81))
@@ -187,7 +193,7 @@ def test_what_mlflow_refuses_keeps_nothing_else_back(tmp_path: Path, caplog: pyt
         tags={"a tag!": "refused", "host": "here"},
         datasets={"/data/shards": "d" * 40},
     )
-    tracker = start_tracker(tmp_path, TrackingConfig(experiment='it\'s a `test` "%"'), facts, resumed_step=0)
+    tracker = start_tracker(tmp_path / "run", TrackingConfig(experiment='it\'s a `test` "%"'), facts, resumed_step=0)
     for step in range(1, 101):
         tracker.log(step, {"loss": 1.0, "AP@50(x)": 1.0, "n" * 300: 1.0})
     assert tracker.close(timeout_s=LIMIT_S)
@@ -210,10 +216,11 @@ def test_a_folder_as_address_is_used_if_the_user_allows_it(tmp_path: Path, monke
 def test_a_folder_with_characters_that_urls_quote_holds_all_of_its_run(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "runs" / name
     for resumed in (0, 5):
-        tracker = _start(folder, {"seed": 0}, resumed_step=resumed)
+        tracker = _start(folder / "run", {"seed": 0}, resumed_step=resumed)
         _log(tracker, resumed + 1, resumed + 5)
         assert tracker.close(timeout_s=LIMIT_S)
-    assert list((tmp_path / "runs").iterdir()) == [folder]
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {name}
+    assert {path.name for path in folder.iterdir()} == {"mlartifacts", "mlflow.db", "run"}
     assert list(folder.glob(f"mlartifacts/{tracker.run_id}/artifacts/config.yaml"))
     (tmp_path / "mlflow.db").symlink_to(folder / "mlflow.db")
     assert _steps(tmp_path, tracker.run_id) == list(range(1, 11))
@@ -228,16 +235,16 @@ def test_runs_on_one_store_keep_their_artifacts_beside_it(tmp_path: Path) -> Non
 
 
 def test_a_deleted_experiment_is_named_with_its_cure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = _start(tmp_path, {"seed": 0})
+    tracker = _start(tmp_path / "run", {"seed": 0})
     _log(tracker, 1, 5)
     assert tracker.close("KILLED", timeout_s=LIMIT_S)
     experiment_id = _client(tmp_path).get_experiment_by_name("tests").experiment_id
     _client(tmp_path).delete_experiment(experiment_id)
-    assert not _start(tmp_path, {"seed": 0}, resumed_step=5).close(timeout_s=LIMIT_S)
+    assert not _start(tmp_path / "run", {"seed": 0}, resumed_step=5).close(timeout_s=LIMIT_S)
     (warning,) = _warnings(caplog)
     assert f"mlflow experiments restore --experiment-id {experiment_id}" in warning
     _client(tmp_path).restore_experiment(experiment_id)
-    again = _start(tmp_path, {"seed": 0}, resumed_step=5)
+    again = _start(tmp_path / "run", {"seed": 0}, resumed_step=5)
     assert again.close(timeout_s=LIMIT_S) and _steps(tmp_path, again.run_id) == [1, 2, 3, 4, 5]
 
 
@@ -276,7 +283,7 @@ def test_answers_that_time_cannot_mend_are_told_from_a_server_that_is_down(
     kind = type("_OneAnswer", (_Answer,), {"answer": answer})
     with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        tracker = _start(tmp_path, {"seed": 0}, uri=f"http://me:secret@127.0.0.1:{server.server_port}")
+        tracker = _start(tmp_path / "run", {"seed": 0}, uri=f"http://me:secret@127.0.0.1:{server.server_port}")
         _log(tracker, 1, 5)
         assert not tracker.close(timeout_s=LIMIT_S)
         server.shutdown()
@@ -299,7 +306,7 @@ def test_an_address_that_can_never_work_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, uri: str, cure: str
 ) -> None:
     (tmp_path / "no_database").write_text("text " * 1000)
-    tracker = _start(tmp_path, {"seed": 0}, uri=uri.format(tmp_path))
+    tracker = _start(tmp_path / "run", {"seed": 0}, uri=uri.format(tmp_path))
     _log(tracker, 1, 5)
     assert not tracker.close(timeout_s=LIMIT_S)
     (warning,) = _warnings(caplog)
@@ -310,7 +317,7 @@ def test_a_user_without_home_and_passwd_entry_gets_metrics(tmp_path: Path) -> No
     """Containers with `--user 12345`. DeepSpeed has tried to import MLflow before, and failed."""
     code = LOGS_UNTIL_KILLED.replace("10_000", "51").replace("import sys, time", NO_USER)
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "USER", "LOGNAME")}
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
     printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert printed.split()[0] == "50"
     assert _steps(tmp_path, printed.split()[1]) == list(range(1, 51))

@@ -21,6 +21,7 @@ from sqlalchemy.engine import make_url
 
 from arc_ds.errors import ConfigError, StorageError
 from arc_ds.tracking import tracking
+from arc_ds.tracking.checkpoint_models import Checkpoint
 from arc_ds.tracking.faults import words_of
 from arc_ds.tracking.metrics_log import MetricsEntry, MetricsLog, read_metrics
 from arc_ds.tracking.mlflow_server import MlflowServer, environment_tags
@@ -39,6 +40,7 @@ class _FakeServer:
         self.runs: dict[str, str] = {}
         self.statuses: list[str] = []
         self.described = 0
+        self.models: dict[int, tuple[str, list[tuple[int, bool]]]] = {}
         self.refused: dict[str, Exception] = {}
         self.trouble: Callable[[str], None] = lambda _when: None
 
@@ -68,6 +70,16 @@ class _FakeServer:
 
     def end_run(self, run_id: str, status: str) -> None:
         self.statuses.append(status)
+
+    def logged_checkpoints(self, run_id: str) -> dict[int, str]:
+        self.trouble("before models")
+        return {step: digest for step, (digest, _) in self.models.items()}
+
+    def log_checkpoint(
+        self, run_id: str, checkpoint: Checkpoint, entries: list[MetricsEntry], *, are_ours: bool
+    ) -> None:
+        self.trouble("before model")
+        self.models[checkpoint.step] = (checkpoint.digest, [(entry.step, are_ours) for entry in entries])
 
 
 def _tracker(folder: Path, server: _FakeServer, resumed_step: int = 0, run_id: str | None = None) -> Tracker:
@@ -294,7 +306,7 @@ def test_a_damaged_state_or_another_server_begins_anew(tmp_path: Path) -> None:
 
 def test_the_environments_uri_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert resolve_uri(tmp_path, None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert resolve_uri(tmp_path / "run", None) == f"sqlite:///{tmp_path}/mlflow.db"
     assert resolve_uri(tmp_path, "http://one") == "http://one"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://two")
     assert resolve_uri(tmp_path, "http://one") == "http://two"
@@ -306,7 +318,7 @@ def test_characters_that_urls_quote_may_stand_in_a_folders_name(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / name
-    uri = resolve_uri(folder, None)
+    uri = resolve_uri(folder / "run", None)
     assert make_url(uri).database == f"{folder}/mlflow.db" and sqlite_database(uri) == folder / "mlflow.db"
     assert file_store(resolve_uri(tmp_path, str(folder))) == folder
     assert url2pathname(urlsplit(resolve_uri(tmp_path, str(folder))).path) == str(folder), "as MLflow reads it"

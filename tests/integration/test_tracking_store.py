@@ -1,0 +1,209 @@
+"""One MLflow store for several runs: eight starts at once, checkpoints as models, lineage, evaluations, old stores."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arc_ds.config.schema import TrackingConfig
+from arc_ds.errors import ConfigError
+from arc_ds.tracking.evaluation import create_evaluation_run, find_run_of_checkpoint, log_evaluation
+from arc_ds.tracking.mlflow_server import RunFacts, start_tracker
+from arc_ds.tracking.registration import find_mlflow_run
+from arc_ds.tracking.tracking import Tracker
+from tests.helpers.waiting import LIMIT_S
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_RUNS, STEPS = 8, 40
+# MLflow is imported once, and the processes wait for each other before they start.
+EIGHT_RUNS = """
+import logging, multiprocessing, sys
+from pathlib import Path
+import alembic.command, mlflow.store.tracking.sqlalchemy_store, sqlalchemy.orm
+from arc_ds.config.schema import TrackingConfig
+from arc_ds.tracking.mlflow_server import RunFacts, start_tracker
+
+def run(folder, steps, barrier):
+    logging.basicConfig(level=logging.WARNING)
+    barrier.wait()
+    facts = RunFacts(params={"seed": 0}, datasets={"/data/shards": "d" * 40})
+    tracker = start_tracker(folder, TrackingConfig(experiment="tests"), facts, resumed_step=0)
+    for step in range(1, steps + 1):
+        tracker.log(step, {"train/loss": 1.0 / step, "rate": 2.0})
+    sys.exit(0 if tracker.close(timeout_s=300) else 1)
+
+sqlalchemy.orm.configure_mappers()
+context = multiprocessing.get_context("fork")
+num_runs, steps = int(sys.argv[2]), int(sys.argv[3])
+barrier = context.Barrier(num_runs)
+each = [context.Process(target=run, args=(Path(sys.argv[1]) / f"run{n}", steps, barrier)) for n in range(num_runs)]
+for process in each: process.start()
+for process in each: process.join()
+sys.exit(max(abs(process.exitcode) for process in each))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs that started at once, with their store."""
+    folder = tmp_path_factory.mktemp("runs")
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", EIGHT_RUNS, str(folder), str(NUM_RUNS), str(STEPS)]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr and "ERROR" not in done.stderr, done.stderr
+    return folder
+
+
+def _client(folder: Path) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+
+
+def _start(folder: Path, *, resumed_step: int = 0, uri: str | None = None, **facts: Any) -> Tracker:
+    described = RunFacts(
+        **{"params": {"seed": 0}, "datasets": {"/data/shards": "d" * 40}, "held_out": "h" * 64, **facts}
+    )
+    return start_tracker(folder, TrackingConfig(experiment="tests", uri=uri), described, resumed_step=resumed_step)
+
+
+def _save(folder: Path, step: int, digest: str) -> None:
+    checkpoint = folder / "checkpoints" / f"step_{step:06d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(json.dumps({"digest": digest}))
+
+
+def _close(tracker: Tracker, status: str = "FINISHED") -> str:
+    """Close and wait until the checkpoints have been sent, too. Returns the id of the run."""
+    assert tracker.close(status, timeout_s=LIMIT_S) and tracker._sender is not None and tracker.run_id is not None
+    tracker._sender.join(LIMIT_S)
+    return tracker.run_id
+
+
+def test_eight_runs_that_start_at_once_in_a_new_store_lose_and_double_nothing(store: Path) -> None:
+    assert {path.name for path in store.iterdir()} <= {
+        "mlflow.db",
+        "mlartifacts",
+        *(f"run{n}" for n in range(NUM_RUNS)),
+    }
+    database = sqlite3.connect(store / "mlflow.db")
+    assert database.execute("select count(*) from experiments where name = 'tests'").fetchall() == [(1,)]
+    assert database.execute("select name, status from runs order by name").fetchall() == [
+        (f"run{number}", "FINISHED") for number in range(NUM_RUNS)
+    ]
+    counts = "select key, count(*), count(distinct step), max(step) from metrics group by run_uuid, key"
+    assert sorted(database.execute(counts).fetchall()) == sorted(
+        [("rate", STEPS, STEPS, STEPS), ("train/loss", STEPS, STEPS, STEPS)] * NUM_RUNS
+    )
+
+
+def test_checkpoints_stages_and_evaluations_are_linked(store: Path) -> None:
+    """Pretraining, fine-tuning from its second checkpoint, evaluation of that; each is logged twice."""
+    uri, digest = f"sqlite:///{store}/mlflow.db", "a1" * 16
+    first = _start(store / "pretrained")
+    for step in range(1, 11):
+        first.log(step, {"train/loss": 1.0 / step, "speed/x": 1.0})
+    first.log(
+        10, {"validation/wide/continuation/nll_open": 2.0, "validation/wide/continuation/gap_closed": float("nan")}
+    )
+    _save(store / "pretrained", 5, "b" * 32)
+    _save(store / "pretrained", 10, digest)
+    run_id = _close(first, "KILLED")
+    assert _close(_start(store / "pretrained", resumed_step=10)) == run_id
+    client = _client(store)
+    experiment = client.get_experiment_by_name("tests").experiment_id
+    models = {model.name: model for model in client.search_logged_models([experiment])}
+    assert {(name, str(model.status)) for name, model in models.items()} == {
+        ("step_000005", "READY"),
+        ("step_000010", "READY"),
+    }
+    model = models["step_000010"]
+    assert (model.source_run_id, model.model_type, model.tags["arc_ds.checkpoint"]) == (
+        run_id,
+        "arc-checkpoint",
+        digest,
+    )
+    assert {
+        (point.key, point.step, point.value, point.dataset_name, point.dataset_digest) for point in model.metrics
+    } == {
+        ("train/loss", 10, 0.1, "shards", "d" * 36),
+        ("validation/wide/continuation/nll_open", 10, 2.0, "held-out", "h" * 36),
+    }, "NaN, which a model would keep as 0, and speed are left out"
+    for key in ("train/loss", "speed/x"):
+        assert [point.step for point in client.get_metric_history(run_id, key)] == list(range(1, 11))
+    outputs = client.get_run(run_id).outputs.model_outputs
+    assert sorted((each.model_id, each.step) for each in outputs) == sorted(
+        (each.model_id, int(name[-6:])) for name, each in models.items()
+    )
+    (found,) = client.search_logged_models([experiment], datasets=[{"dataset_name": "held-out"}])
+    assert found.model_id == model.model_id
+
+    for _ in range(2):
+        tuned = _close(_start(store / "tuned", params={"encoder.init_from": "out"}, source_checkpoint=digest))
+    run = client.get_run(tuned)
+    assert run.data.tags["mlflow.parentRunId"] == run.data.tags["arc_ds.parent_run"] == run_id
+    assert (run.data.tags["arc_ds.stage"], run.data.tags["arc_ds.source_checkpoint"]) == ("fine-tuning", digest)
+    assert [each.model_id for each in run.inputs.model_inputs] == [model.model_id]
+    other = client.get_run(_close(_start(store / "other", source_checkpoint="c" * 32)))
+    assert "arc_ds.parent_run" not in other.data.tags, "its source is not in the store"
+
+    assert find_run_of_checkpoint(uri, digest) == (run_id, 10)
+    assert find_run_of_checkpoint(uri, "' OR '1' = '1") is None
+    table = {"id": ["q1", "q2"], "task": ["nq", "nq"], "prediction": ["a", "b"]}
+    for _ in range(2):
+        path = log_evaluation(
+            uri, run_id, table=table, metrics={"nq": {"em": 50.0, "f1": 62.5}}, step=10, datasets={"nq": "e" * 64}
+        )
+    assert [each.path for each in client.list_artifacts(run_id, "evaluation/step_000010")] == [path]
+    loaded = json.loads(Path(client.download_artifacts(run_id, path)).read_text())
+    assert dict(zip(loaded["columns"], map(list, zip(*loaded["data"], strict=True)), strict=True)) == table
+    assert [(point.step, point.value) for point in client.get_metric_history(run_id, "eval/nq/f1")] == [(10, 62.5)]
+    scores = {p.key: p.dataset_digest for p in client.get_logged_model(model.model_id).metrics if p.key[:4] == "eval"}
+    assert scores == {"eval/nq/em": "e" * 36, "eval/nq/f1": "e" * 36}
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+    apart = create_evaluation_run(uri, experiment="tests", name="open book", source_checkpoint=digest)
+    log_evaluation(uri, apart, table=table, metrics={"nq": {"em": 40.0}}, step=0)
+    run = client.get_run(apart)
+    assert (run.info.status, run.data.metrics, run.data.tags["arc_ds.stage"]) == (
+        "FINISHED",
+        {"eval/nq/em": 40.0},
+        "evaluation",
+    )
+    assert run.data.tags["mlflow.parentRunId"] == run_id
+    with pytest.raises(ConfigError, match="cannot be logged in the MLflow run nothing at sqlite"):
+        log_evaluation(uri, "nothing", table=table, metrics={}, step=0)
+
+
+def test_a_run_with_a_store_of_its_own_continues_there(store: Path) -> None:
+    folder = store / "old"
+    folder.mkdir()
+    shutil.copy(store / "mlflow.db", folder / "mlflow.db")
+    first = _start(folder, uri=f"sqlite:///{folder}/mlflow.db")
+    for step in range(1, 21):
+        first.log(step, {"train/loss": 1.0 / step})
+    run_id = _close(first, "KILLED")
+    again = _start(folder, resumed_step=15)
+    for step in range(16, 31):
+        again.log(step, {"train/loss": 1.0 / step})
+    assert _close(again) == run_id
+    assert find_mlflow_run(folder, None) == (f"sqlite:///{folder}/mlflow.db", run_id)
+    history = _client(folder).get_metric_history(run_id, "train/loss")
+    assert sorted(point.step for point in history) == list(range(1, 31))
+    database = sqlite3.connect(store / "mlflow.db")
+    assert database.execute("select count(*) from runs where name = 'old'").fetchall() == [(0,)]

@@ -203,6 +203,7 @@ def test_an_unknown_task_is_scored_as_qa_with_a_warning(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         assert metrics_of("needle in hay") == metrics_of("qa")
         metrics_of("needle in hay")
+        assert metrics_of("flores:eng-fra") == metrics_of("flores") != metrics_of("qa")
     assert len(caplog.records) == 1
     assert "task 'needle in hay' is not known and is scored as 'qa' (em, f1" in caplog.text
 

@@ -72,7 +72,9 @@ class PromptRows(NamedTuple):
                 kept.transpose(1, 2)[self.sequences_T, self.places_T] = rows
         if self.shared is None:
             return new
-        return KeysValues(*(torch.cat(both).index_select(0, self.sources_U) for both in zip(self.shared, new, strict=True)))
+        return KeysValues(
+            *(torch.cat(both).index_select(0, self.sources_U) for both in zip(self.shared, new, strict=True))
+        )
 
 
 class StepRows(NamedTuple):

@@ -140,6 +140,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     found: dict[str, Measured] = {}
     rows: list[Row] = []
     for way in WAYS:
+        model.readers[0].forget()
         found[way] = timed(ways[way], model.device)
         seconds, wall_s, texts = found[way]
         expected = found.get("stop", found[way]).answers

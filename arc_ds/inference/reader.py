@@ -443,6 +443,10 @@ class DecoderReader:
         self._kept = _KeptRows(rows, shared)
         return shared, count
 
+    def forget(self) -> None:
+        """Drop the shared rows of the last call, which take memory."""
+        self._kept = None
+
     def _batches(
         self, prompts: Sequence[Rows], num_shared: int, lengths: Sequence[int], max_rows: int | None
     ) -> Iterable[_RowBatch]:

@@ -112,7 +112,7 @@ def tokens(
 def test_shared_rows_change_no_token(family: str) -> None:
     found = make_reader(**FAMILIES[family])
     for name, prompts in PROMPTS.items():
-        found._kept = None
+        found.forget()
         with plainly():
             expected = tokens(found, prompts, 5)
         with sharing() as shared:
@@ -346,7 +346,7 @@ def test_the_nll_is_that_of_the_logits(family: str) -> None:
         prompts = [joined(prompt) for prompt in PROMPTS[name]]
         given_answers = answers[: len(prompts)]
         expected = [_nll(found, prompt, answer) for prompt, answer in zip(prompts, given_answers, strict=True)]
-        found._kept = None
+        found.forget()
         with sharing() as shared:
             ours = found.nll_rows(prompts, given_answers)
             one_by_one = found.nll_rows(prompts, given_answers, max_rows=1)

@@ -467,6 +467,11 @@ class ArcModel:
         reader = self._reader(decoder)
         return reader.read(prompt, where, answer=answer, compressible=compressible, texts_apart=self.texts_apart)
 
+    def num_vectors(self, num_tokens: int, marker: Marker | None = "cont") -> int:
+        """Number of vectors of a context of so many encoder tokens, with its marker."""
+        outputs = num_outputs(np.array([num_tokens], dtype=np.int64), self.spec.packing)
+        return int(outputs[0]) + (marker is not None)
+
     def check_port(self, decoder: int, marker: Marker | None) -> None:
         """Raise ConfigError if the compressor has no port of this index, or no such marker."""
         if decoder not in range(len(self.compressor.ports)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from arc_ds.evaluation.systems.decoder_system import DECODER_KINDS
 from arc_ds.evaluation.systems.kind import SystemKind
 
-KINDS: dict[str, SystemKind] = {}
+KINDS: dict[str, SystemKind] = {**DECODER_KINDS}

@@ -10,7 +10,7 @@ from typing import Literal
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import EvalSample
 
-Metric = Literal["em", "f1", "substring", "approx_em", "rouge_l", "bleu", "chrf"]
+Metric = Literal["em", "f1", "substring", "approx_em", "rouge_l", "bleu", "bleu_other_case", "chrf", "nll"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from arc_ds.evaluation.plan import CUT, Batch, EvalPlan, LoadedTask, load_task, 
 from arc_ds.evaluation.results import PREDICTIONS, RUN, TIMES, Prediction, data_digest, write_results
 from arc_ds.evaluation.systems import KINDS
 from arc_ds.evaluation.systems.kind import SystemSettings
-from arc_ds.evaluation.systems.system import System
+from arc_ds.evaluation.systems.system import KeepsWork, System
 from arc_ds.system import dist
 from arc_ds.system.device import select_device
 from arc_ds.system.files import output, write_whole
@@ -58,15 +58,7 @@ def run_evaluation(config: EvalConfig) -> Path:
     device = select_device(config.device, dist.local_rank())
     protocol = config.protocol.protocol
     tasks = [load_task(task, protocol) for task in config.tasks]
-    systems = [
-        KINDS[each.kind].build(
-            each.section,
-            SystemSettings(
-                name=each.name, protocol=protocol, seed=config.seed, device=device, dtype=_DTYPES[config.dtype]
-            ),
-        )
-        for each in config.systems
-    ]
+    systems = _build_systems(config, device)
     plan = make_plan(
         systems,
         tasks,
@@ -92,25 +84,40 @@ def run_evaluation(config: EvalConfig) -> Path:
     mine = [number for number in range(rank, len(plan.batches), num_ranks) if number not in done]
     if mine or rank == 0:
         with opened_part(folder, rank, num_ranks) as file:
-            by_name = {system.name: system for system in systems}
-            progress = Progress(len(done), [plan.batches[number] for number in mine])
-            for number in mine:
-                batch = plan.batches[number]
-                started = time.perf_counter()
-                predictions = answer_batch(
-                    by_name[batch.system],
-                    batch,
-                    decoder=str(run["systems"][batch.system].get("decoder", "")),
-                    nll=config.nll,
-                    seed=config.seed,
-                )
-                append(file, FinishedBatch(digest, number, time.perf_counter() - started, predictions))
-                progress.add(batch, predictions)
-            progress.close()
+            _answer(config, plan, systems, mine, file, digest, Progress(len(done), [plan.batches[n] for n in mine]))
             if rank == 0:
                 _wait_for_all(folder, plan, digest, num_ranks, config.wait_s)
                 _merge(folder, plan, digest, run)
     return folder
+
+
+def _build_systems(config: EvalConfig, device: torch.device) -> list[System]:
+    shared: dict[str, Any] = {"protocol": config.protocol.protocol, "seed": config.seed, "device": device}
+    return [
+        KINDS[each.kind].build(each.section, SystemSettings(name=each.name, dtype=_DTYPES[config.dtype], **shared))
+        for each in config.systems
+    ]
+
+
+def _answer(
+    config: EvalConfig,
+    plan: EvalPlan,
+    systems: Sequence[System],
+    numbers: Sequence[int],
+    file: BinaryIO,
+    digest: str,
+    progress: Progress,
+) -> None:
+    """Answer the batches of this rank, by number, and append each to its part file."""
+    by_name = {system.name: (system, str(system.describe().get("decoder", ""))) for system in systems}
+    for number in numbers:
+        batch = plan.batches[number]
+        system, decoder = by_name[batch.system]
+        started = time.perf_counter()
+        predictions = answer_batch(system, batch, decoder=decoder, nll=config.nll, seed=config.seed)
+        append(file, FinishedBatch(digest, number, time.perf_counter() - started, predictions))
+        progress.add(batch, predictions)
+    progress.close()
 
 
 def answer_batch(system: System, batch: Batch, *, decoder: str, nll: bool, seed: int) -> tuple[Prediction, ...]:
@@ -121,6 +128,8 @@ def answer_batch(system: System, batch: Batch, *, decoder: str, nll: bool, seed:
     seed: of the evaluation.
     """
     prompts = [each.prompt for each in batch.prompts]
+    if isinstance(system, KeepsWork):
+        system.forget()
     answers = system.answer(prompts)
     nlls = system.answer_nll(prompts, [prompt.sample.references[0] for prompt in prompts]) if nll else None
     predictions = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
@@ -51,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
 
     dist.setup_logging()
     config = load_eval_config(argv[0], argv[1:])
-    with stoppable("evaluating", message="stopped; the finished batches are kept"):
+    # The progress bar says how far it is, so the message of a long wait is left out.
+    with stoppable("evaluating", logging.DEBUG, message="stopped; the finished batches are kept"):
         folder = run_evaluation(config)
     if not dist.under_launcher():
         print(f"predictions: {folder}")

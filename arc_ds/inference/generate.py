@@ -20,6 +20,7 @@ from torch import Tensor
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.errors import ConfigError
 from arc_ds.model.frozen_decoder import FrozenDecoder
+from arc_ds.model.kv_cache import SharedRows
 from arc_ds.system.device import GIB, usable_memory_bytes
 
 MAX_NEW_TOKENS = 2**31 - 1  # positions in a cache are int32
@@ -116,7 +117,7 @@ def continue_batch(
     stop_ids: Collection[int] = (),
     has_ended: Callable[[int, list[int]], bool] | None = None,
     on_logits: Callable[[int, Tensor], None] | None = None,
-    shared: Any = None,
+    shared: SharedRows | None = None,
     max_len: int | None = None,
 ) -> list[Continuation]:
     """Continue every sequence of the batch. A sequence that has ended leaves the batch, if the decoder allows it.

@@ -39,6 +39,7 @@ from arc_ds.inference.prompt import Context, Parts, Prompt, Vectors
 from arc_ds.inference.rows import (
     MAX_ROWS,
     Rows,
+    begins_with,
     joined,
     num_common_rows,
     num_rows,
@@ -48,6 +49,7 @@ from arc_ds.inference.rows import (
     rows_before,
 )
 from arc_ds.model.frozen_decoder import FrozenDecoder
+from arc_ds.model.kv_cache import SharedRows
 from arc_ds.model.weights.hf_config import RopeScalingChoice
 from arc_ds.system.device import usable_device, usable_memory_bytes
 from arc_ds.system.user_files import check_encodable
@@ -79,6 +81,19 @@ class Answer(NamedTuple):
     raw: str
     ids: list[int]
     stop: StopReason
+
+
+class _KeptRows(NamedTuple):
+    """Shared rows of an earlier call, and what the decoder has read of them."""
+
+    rows: Rows
+    shared: SharedRows
+
+    def fits(self, prompts: Sequence[Rows], max_len: int | None) -> bool:
+        """Whether all prompts begin with the rows and go on."""
+        if self.shared.max_len not in (None, max_len):
+            return False
+        return all(begins_with(prompt, self.rows) for prompt in prompts)
 
 
 class _RowBatch(NamedTuple):
@@ -120,6 +135,7 @@ class DecoderReader:
             end = None if self.tokenizer is None else self.tokenizer.eos_id
             self.stop_ids = () if end is None else (end,)
         self._named_length = 0  # the longest that a warning has named
+        self._kept: _KeptRows | None = None
 
     @staticmethod
     def open(
@@ -408,14 +424,28 @@ class DecoderReader:
         rows = [self.rows(parts, idx) for idx, (parts, _) in enumerate(read)]
         return self.nll_rows(rows, [ids for _, ids in read], max_rows)
 
-    def _read_shared(self, prompts: Sequence[Rows], max_len: int | None) -> tuple[Any, int]:
-        """(the rows with which all prompts begin, their number) if reading them apart saves enough; else (None, 0)."""
-        count = num_common_rows(prompts)
+    def _read_shared(self, prompts: Sequence[Rows], max_len: int | None) -> tuple[SharedRows | None, int]:
+        """(the rows with which all prompts begin, their number) if reading them apart saves enough; else (None, 0).
+
+        Those of the last call are kept: the batches of an evaluation begin with the same examples.
+        """
+        count, kept = num_common_rows(prompts), self._kept
+        # Reading new shared rows costs `count` rows; with the kept ones each prompt reads those that they lack.
+        if kept is not None and kept.fits(prompts, max_len) and len(prompts) * (count - kept.shared.num_rows) <= count:
+            return kept.shared, kept.shared.num_rows
         if count * (len(prompts) - 1) < _MIN_SAVED_ROWS:
             return None, 0
-        batch, z_ZD = pack_rows([rows_before(prompts[0], count)], self.device, self.dtype)
+        rows = rows_before(prompts[0], count)
+        batch, z_ZD = pack_rows([rows], self.device, self.dtype)
         shared = self.decoder.read_shared(batch, z_ZD, max_len)
-        return (None, 0) if shared is None else (shared, count)
+        if shared is None:
+            return None, 0
+        self._kept = _KeptRows(rows, shared)
+        return shared, count
+
+    def forget(self) -> None:
+        """Drop the shared rows of the last call, which take memory."""
+        self._kept = None
 
     def _batches(
         self, prompts: Sequence[Rows], num_shared: int, lengths: Sequence[int], max_rows: int | None

@@ -64,6 +64,17 @@ def _num_common(first: Rows, second: Rows) -> int:
     return count
 
 
+def begins_with(prompt: Rows, rows: Rows) -> bool:
+    """Whether a joined prompt begins with joined rows and has more of its own."""
+    count = num_rows(rows)
+    if num_rows(prompt) <= count:
+        return False
+    head = rows_before(prompt, count)
+    if len(head) != len(rows):
+        return False
+    return all(_num_common([a], [b]) == len(b) for a, b in zip(head, rows, strict=True))
+
+
 def rows_before(prompt: Rows, place: int) -> list[TokenIds | Tensor]:
     """The rows of a prompt before a place."""
     found: list[TokenIds | Tensor] = []

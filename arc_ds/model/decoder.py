@@ -190,7 +190,9 @@ class Decoder(FrozenDecoder):
         return self.output(self.norm(h_BD))
 
     def read_shared(self, batch: PackedBatch, z_ZD: Tensor | None, max_len: int | None) -> SharedRows | None:
-        if max_len is None and depends_on_length(self.config):
+        if not depends_on_length(self.config):
+            max_len = None
+        elif max_len is None:
             return None
         spans = Spans.within(batch.decoder_cu_seqlens, batch.decoder_max_seqlen, causal=True)
         caches = [RecordedRows() for _ in self.layers]

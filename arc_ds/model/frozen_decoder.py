@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.kv_cache import SharedRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class FrozenDecoder(nn.Module, ABC):
         batch: PackedBatch,
         z_ZD: Tensor | None,
         max_new_tokens: int,
-        shared: Any = None,
+        shared: SharedRows | None = None,
         max_len: int | None = None,
     ) -> tuple[Tensor, Any]:
         """Start a generation: logits after the last row of each sequence, float32 [B, V], and the state for `advance`.
@@ -117,7 +118,7 @@ class FrozenDecoder(nn.Module, ABC):
         state: from `prefill`.
         """
 
-    def read_shared(self, batch: PackedBatch, z_ZD: Tensor | None, max_len: int | None) -> Any:
+    def read_shared(self, batch: PackedBatch, z_ZD: Tensor | None, max_len: int | None) -> SharedRows | None:
         """Read rows that stand before every sequence of later calls. None if each sequence must read them itself.
 
         batch: one sequence, the shared rows.
@@ -132,7 +133,7 @@ class FrozenDecoder(nn.Module, ABC):
         """
         return False
 
-    def label_nll(self, batch: PackedBatch, z_ZD: Tensor | None, shared: Any = None) -> Tensor:
+    def label_nll(self, batch: PackedBatch, z_ZD: Tensor | None, shared: SharedRows | None = None) -> Tensor:
         """NLL in nats of each label of the batch, float32 [L].
 
         shared: rows before every sequence, from `read_shared` without a length; None: none.

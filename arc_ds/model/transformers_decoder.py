@@ -28,6 +28,7 @@ from arc_ds.batch.segments import Sample, Segment
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder, TransformersSizes, sequences_of_rows
+from arc_ds.model.kv_cache import SharedRows
 
 _PROBE_LENGTHS = (5, 9, 7)
 _CACHES = ("past_key_values", "cache_params", "state")  # names of the argument and of the output
@@ -142,7 +143,7 @@ class TransformersDecoder(FrozenDecoder):
         batch: PackedBatch,
         z_ZD: Tensor | None,
         max_new_tokens: int,
-        shared: None = None,
+        shared: SharedRows | None = None,
         max_len: int | None = None,
     ) -> tuple[Tensor, Generation]:
         lengths_B, num_rows = batch.decoder_cu_seqlens.diff().long(), batch.decoder_max_seqlen

@@ -76,7 +76,7 @@ PROMPTS: dict[str, list[Rows]] = {
 def plainly() -> Iterator[None]:
     """Read each prompt whole, and let no sequence leave."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "_MIN_SAVED_ROWS", 10**9)
+        patch.setattr(DecoderReader, "_read_shared", lambda *_: (None, 0))
         patch.setattr(Decoder, "keep", lambda *_: False)
         yield
 
@@ -112,10 +112,11 @@ def tokens(
 def test_shared_rows_change_no_token(family: str) -> None:
     found = make_reader(**FAMILIES[family])
     for name, prompts in PROMPTS.items():
+        found.forget()
         with plainly():
-            expected = tokens(found, prompts)
+            expected = tokens(found, prompts, 5)
         with sharing() as shared:
-            ours = tokens(found, prompts)
+            ours = tokens(found, prompts, 5)
         assert ours == expected, name
         assert bool(shared) == (name not in ("no common rows", "one")), name
         assert all(count < min(map(num_rows, prompts)) for count in shared)
@@ -124,9 +125,9 @@ def test_shared_rows_change_no_token(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "window", "longrope", "dynamic"])
 def test_wrong_variants_of_shared_rows_have_other_tokens(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong: rotary scalings of the shared rows by their own length; own rows that begin at position 0; other rows."""
-    found, prompts = make_reader(**FAMILIES[family]), [[*BEGIN, ids(6, 5 + n)] for n in range(8)]
+    prompts = [[*BEGIN, ids(6, 5 + n)] for n in range(8)]
     with plainly():
-        expected = tokens(found, prompts, 16)
+        expected = tokens(make_reader(**FAMILIES[family]), prompts, 16)
     read = Decoder.read_shared
     changes = {
         "by_length": lambda self, batch, z_ZD, _len: read(self, batch, z_ZD, batch.num_decoder_rows),
@@ -136,8 +137,40 @@ def test_wrong_variants_of_shared_rows_have_other_tokens(family: str, monkeypatc
     for name, change in changes.items():
         with sharing():
             monkeypatch.setattr(Decoder, "read_shared", change)
-            is_same = tokens(found, prompts, 16) == expected
+            is_same = tokens(make_reader(**FAMILIES[family]), prompts, 16) == expected
         assert is_same == (name == "by_length" and family in ("llama", "window")), name
+
+
+def test_shared_rows_of_the_last_call_are_kept_while_they_fit() -> None:
+    """Also for a single prompt. They are read again if the prompts have many more rows in common."""
+    found = make_reader()
+    calls = [
+        [[*BEGIN, ids(n, 5 + n)] for n in (2, 7)],
+        [[*BEGIN, ids(4, 9)]],
+        [[*BEGIN, ids(20, 3), ids(n, n)] for n in (3, 4)],
+        [[*BEGIN, ids(20, 3), ids(n, n)] for n in (8, 9)],
+        [[*BEGIN[:2], ids(30, 4), ids(n, n)] for n in (8, 9)],
+        [[DOCUMENT, ids(5, 1)]],
+        [BEGIN],
+    ]
+    with sharing() as shared:
+        for prompts in calls:
+            ours = tokens(found, prompts, 3)
+            with plainly():
+                assert tokens(found, prompts, 3) == ours
+    assert shared == [16, 36, 37]
+
+
+@pytest.mark.parametrize(("family", "times"), [("llama", 1), ("dynamic", 2)])
+def test_kept_rows_of_scalings_by_length_need_the_same_length(family: str, times: int) -> None:
+    found = make_reader(**FAMILIES[family])
+    prompts = [[*BEGIN, ids(n, 5 + n)] for n in (2, 7)]
+    with sharing() as shared:
+        for limit in (4, 4, 9):
+            ours = tokens(found, prompts, limit)
+            with plainly():
+                assert tokens(found, prompts, limit) == ours
+    assert len(shared) == times
 
 
 def _without_first(shared: Any) -> Any:
@@ -313,6 +346,7 @@ def test_the_nll_is_that_of_the_logits(family: str) -> None:
         prompts = [joined(prompt) for prompt in PROMPTS[name]]
         given_answers = answers[: len(prompts)]
         expected = [_nll(found, prompt, answer) for prompt, answer in zip(prompts, given_answers, strict=True)]
+        found.forget()
         with sharing() as shared:
             ours = found.nll_rows(prompts, given_answers)
             one_by_one = found.nll_rows(prompts, given_answers, max_rows=1)

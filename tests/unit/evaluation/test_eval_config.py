@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from arc_ds.errors import ConfigError
-from arc_ds.evaluation.config import as_tree, load_eval_config
+from arc_ds.evaluation.config import TaskConfig, as_tree, load_eval_config
+from arc_ds.evaluation.plan import load_task
 from arc_ds.evaluation.protocol import CLEAN, REFERENCE
 from tests.helpers import fake_eval
 
+RECIPES = Path(__file__).resolve().parents[3] / "ds_configs" / "eval"
 YAML = """output: out
 tasks:
   - {name: squad, path: dev.json, max_samples: 100}
@@ -63,6 +65,20 @@ def test_mistakes_name_the_key_and_the_remedy(tmp_path: Path, override: str, mes
 def test_errors_name_the_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"eval\.yaml:6: unknown key systems\.0\.windo"):
         _load(tmp_path, text=YAML.replace("window", "windo"))
+
+
+@pytest.mark.parametrize("recipe", ["demo", "paper_table1", "long_context"])
+def test_shipped_recipes_load(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MODELS", "EVAL_DATA"):
+        monkeypatch.setenv(name, f"/{name}")
+    config = load_eval_config(RECIPES / f"{recipe}.yaml")
+    assert {"arc", "closed", "open"} <= {each.kind for each in config.systems}
+
+
+def test_the_demos_questions_can_be_read() -> None:
+    found = load_task(TaskConfig(name="qa", path=str(RECIPES / "demo_questions.jsonl")), CLEAN)
+    assert len(found.samples) == 42
+    assert all(sample.references[0] in sample.passages[0] for sample in found.samples)
 
 
 def test_the_record_leaves_out_what_changes_no_prediction(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import multiprocessing
@@ -104,6 +105,20 @@ def test_nothing_is_computed_twice(config: Path, tmp_path: Path, monkeypatch: py
         _evaluate(config, rank=rank, num_ranks=2)
     _all_ranks(config, 3)  # complete: nothing is left to do
     assert len(seen) == len(set(seen)) == 80
+
+
+def test_kept_work_is_dropped_before_each_batch(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system whose answers depend on its earlier calls, as those of kept rows do by their rounding."""
+    answer = fake_eval.Echo.answer
+
+    def noted(self: fake_eval.Echo, prompts: Sequence[Any]) -> list[Any]:
+        return [dataclasses.replace(a, raw=f"{a.raw} after {self.num_answered}") for a in answer(self, prompts)]
+
+    monkeypatch.setattr(fake_eval.Echo, "answer", noted)
+    outputs = [f"output={tmp_path / name}" for name in "abcd"]
+    assert _all_ranks(config, 1, outputs[0]) != _all_ranks(config, 2, outputs[1])
+    monkeypatch.setattr(fake_eval.Echo, "forget", lambda self: setattr(self, "num_answered", 0), raising=False)
+    assert _all_ranks(config, 1, outputs[2]) == _all_ranks(config, 2, outputs[3])
 
 
 def test_a_changed_config_or_changed_data_is_refused_with_the_difference(config: Path, tmp_path: Path) -> None:

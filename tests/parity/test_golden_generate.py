@@ -51,17 +51,17 @@ def read_case(golden: Path, name: str) -> tuple[GoldenCase, Decoder, PackedBatch
 def generate(
     case: GoldenCase, decoder: Decoder, batch: PackedBatch, z_ZD: Tensor | None
 ) -> tuple[list[list[int]], Tensor]:
-    """Return the new tokens and the logits [steps, B, V] from which they were chosen."""
+    """Return the new tokens and the logits [steps, B, V] from which they were chosen.
+
+    In the reference a sequence stays in the batch when it has ended. Leaving it must not change the tokens.
+    """
     seen: list[Tensor] = []
     eos = case.meta["eos_id"]
-    tokens = generate_ids(
-        decoder,
-        batch,
-        z_ZD,
-        max_new_tokens=case.meta["max_tokens"],
-        stop_ids=[] if eos is None else [eos],
-        on_logits=lambda step, logits_BV: seen.append(logits_BV.clone()),
-    )
+    options = {"max_new_tokens": case.meta["max_tokens"], "stop_ids": [] if eos is None else [eos]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "keep", lambda *_: False)
+        tokens = generate_ids(decoder, batch, z_ZD, **options, on_logits=lambda _step, x_BV: seen.append(x_BV.clone()))
+    assert generate_ids(decoder, batch, z_ZD, **options) == tokens
     return tokens, torch.stack(seen)
 
 

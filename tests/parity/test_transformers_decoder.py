@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from arc_ds.batch.packing import PackedBatch
+from arc_ds.batch.segments import TokenIds
 from arc_ds.errors import WeightsError
 from arc_ds.inference.decoders import NativeFiles, open_decoder
 from arc_ds.inference.generate import Sampling, generate_ids
+from arc_ds.inference.reader import DecoderReader
 from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.transformers_decoder import TransformersDecoder, find_reading
@@ -153,6 +155,21 @@ def test_ragged_prompts_continue_with_the_models_own_tokens(family: str, tmp_pat
     stop = ours[1][10]
     stopped = generate_ids(decoder, text_batch(PROMPTS), None, max_new_tokens=32, stop_ids=[stop])
     assert stopped == [line[: line.index(stop)] if stop in line else line for line in ours] != ours
+
+
+def test_ended_sequences_stay_in_the_batch_and_change_no_token(tmp_path: Path) -> None:
+    """A cache of transformers drops no sequences and shares no rows, so the path is slower."""
+    model = write_model(tmp_path, "Gemma2", initializer_range=0.6, tie_word_embeddings=False)
+    reader, shared = DecoderReader(decoder=load(tmp_path)), [3, 9, 27, 81, 4, 12] * 6
+    prompts, limits = [[*shared, *ids] for ids in PROMPTS], [2, 9, 5]
+    lines = reader.continue_rows([[TokenIds(ids)] for ids in prompts], max_new_tokens=limits)
+    expected = own_tokens(model, prompts, 9)
+    assert [line.ids for line in lines] == [ids[:limit] for ids, limit in zip(expected, limits, strict=True)]
+    assert [line.stop for line in lines] == ["length"] * 3
+    (nats, num), *_ = reader.nll_rows([[TokenIds(ids)] for ids in prompts], [TokenIds(ids[:4]) for ids in expected])
+    logits = model(torch.tensor([[*prompts[0], *expected[0][:4]]])).logits[0].float().log_softmax(dim=-1)
+    places = torch.arange(4) + len(prompts[0]) - 1
+    assert num == 4 and nats == pytest.approx(-float(logits[places, expected[0][:4]].sum()), rel=1e-4)
 
 
 def test_a_model_that_sees_padding_takes_prompts_of_one_length_at_once(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ parts = st.lists(st.tuples(st.booleans(), st.integers(1, 4), st.integers(0, 2)),
 
 
 @given(prompts=st.lists(parts, min_size=1, max_size=4), family=st.sampled_from(["llama", "many parts"]))
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_any_prompts_have_the_tokens_of_plain_reading(prompts: list[list[tuple[bool, int, int]]], family: str) -> None:
     found = make_reader(**FAMILIES[family])
     rows = [[ids(n, s) if is_text else vectors(n, s) for is_text, n, s in prompt] for prompt in prompts]
@@ -194,7 +194,7 @@ def test_any_prompts_have_the_tokens_of_plain_reading(prompts: list[list[tuple[b
 
 
 @given(prompts=st.lists(parts, min_size=2, max_size=4))
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_the_common_rows_are_the_longest_common_prefix(prompts: list[list[tuple[bool, int, int]]]) -> None:
     """A vector is common only together with all others of its part."""
     whole = [joined([ids(n, s) if is_text else vectors(n, s) for is_text, n, s in prompt]) for prompt in prompts]

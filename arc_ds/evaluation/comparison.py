@@ -130,9 +130,12 @@ def check_comparable(first: SystemResults, second: SystemResults) -> None:
                 f"{names}: their protocols differ in {'; '.join(differences)}. Evaluate both with the same protocol."
             )
         check_same_questions(one, other, by_task(one.predictions), by_task(other.predictions))
-        ours, theirs = one.run.get("data_digest"), other.run.get("data_digest")
-        if ours and theirs and ours != theirs:
-            raise DataError(f"{names}: their data digests are {ours} and {theirs}. Evaluate both on the same files.")
+        for task, (ours, theirs) in _digests(one, other).items():
+            if ours and theirs and ours != theirs:
+                raise DataError(
+                    f"{names}: their data digests of task {task!r} are {ours} and {theirs}. Evaluate both on the same "
+                    "files."
+                )
 
 
 def _with_clusters(*systems: SystemResults) -> list[SystemResults]:
@@ -150,6 +153,13 @@ def _with_clusters(*systems: SystemResults) -> list[SystemResults]:
         return replace(file, predictions=tuple(replace(each, cluster=c, group=g) for each, c, g in pairs))
 
     return [replace(system, seeds=tuple(map(completed, system.seeds))) for system in systems]
+
+
+def _digests(*files: ResultFile) -> dict[str, list[str | None]]:
+    """The data digest of each file by task; None if a file states none. A digest of all tasks is that of each."""
+    found = [file.run.get("data_digest") for file in files]
+    tasks = sorted({each.task for each in files[0].predictions})
+    return {task: [each.get(task) if isinstance(each, Mapping) else each for each in found] for task in tasks}
 
 
 def _protocol_differences(one: ResultFile, other: ResultFile) -> list[str]:
@@ -171,7 +181,7 @@ def _difference(ours: TaskStats, theirs: TaskStats, metric: Metric, draws_R: NDA
     has_few_seeds = max(len(ours.by_metric[metric]), len(theirs.by_metric[metric])) < 3
     is_closed_form = is_mean(metric) and has_few_seeds
     stderr = stderr_of(ours, influence(theirs, metric) - influence(ours, metric) if is_closed_form else None, draws_R)
-    low, high = percentile_interval(draws_R) if ours.num_clusters > 1 else (float("nan"), float("nan"))
+    low, high = percentile_interval(draws_R, ours.num_clusters)
     p, test = _test(ours, theirs, metric)
     return Difference(
         first=first,
@@ -217,7 +227,7 @@ def _sign_flip_p(ours: TaskStats, theirs: TaskStats, metric: Metric) -> float:
 
 def _average(headlines: list[Difference], draws: list[NDArray[np.float64]]) -> Difference:
     draws_R = np.mean(draws, axis=0)
-    low, high = percentile_interval(draws_R)
+    low, high = percentile_interval(draws_R, min(each.num_clusters for each in headlines))
     stderr = float(draws_R.std(ddof=1))
     return Difference(
         first=float(np.mean([each.first for each in headlines])),

@@ -69,13 +69,16 @@ def make_prompts(
             "retrieved passages (`passages` or `ctxs`), or evaluate closed-book systems only."
         )
     chosen = choose_examples(task, samples, examples, protocol, num_examples=count, limit=limit, seed=seed)
+    stop = task.stop
+    if task.layout == "long" and not protocol.stop_at_blank_line:  # the reference does not cut long-context answers
+        stop = tuple(text for text in stop if text != _BETWEEN)
     write = _long_parts if task.layout == "long" else _block_parts
     return [
         EvalPrompt(
             sample=test.sample,
             parts=_joined(write(task, test, protocol, uses_documents, width)),
             max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            stop=task.stop if task.layout == "blocks" or protocol.stop_at_blank_line else (),
+            stop=stop,
         )
         for test in chosen
     ]

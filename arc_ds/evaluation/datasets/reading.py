@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +53,7 @@ _TEXTS = ("text", "sentences", "passage_text", "paragraph_text", "passage", "con
 class Entry:
     """A question as its file states it.
 
-    passages: see `EvalSample`; empty if the file has none. Blank ones are ignored.
+    passages: see `EvalSample`; empty if the file has none. They are stripped, and blank ones ignored.
     answers: accepted answers, the main one first. An entry without any is left out and counted.
     question: see `EvalSample`.
     id: the data set's own id; empty if it has none.
@@ -106,12 +107,24 @@ def read_entries(layouts: Sequence[Layout], path: Path) -> Iterator[tuple[str, E
             )
         try:
             for entry in layout.read(fields):
-                yield place, entry
+                yield place, _checked(entry)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             what = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{place}: not in the layout {layout.name} ({what}); found {_found(fields)}.") from error
         except DataError as error:
             raise DataError(f"{place}, layout {layout.name}: {error}. Fix or remove it.") from error
+
+
+def _checked(entry: Entry) -> Entry:
+    """The entry, with null as an empty text. Raises DataError if it holds another value than a text."""
+    texts = {"question": (entry.question,), "passages": entry.passages, "answers": entry.answers}
+    for name, values in texts.items():
+        if wrong := [value for value in values if not isinstance(value, str | None)]:
+            raise DataError(f"expected texts as {name}, got {type(wrong[0]).__name__}")
+    if None not in (*entry.passages, *entry.answers):
+        return entry
+    passages, answers = (tuple(text or "" for text in values) for values in (entry.passages, entry.answers))
+    return replace(entry, passages=passages, answers=answers)
 
 
 def _unflattened(content: dict[str, Any]) -> dict[str, Any]:
@@ -134,9 +147,10 @@ def make_samples(task: str, entries: Iterable[tuple[str, Entry]], *, merge: bool
     samples: dict[str, EvalSample] = {}
     places: dict[str, str] = {}
     texts: dict[str, str] = {}  # long documents with many questions are held once
-    num_empty = num_repeated = num_entries = 0
+    repeats: Counter[str] = Counter()
+    num_empty = num_entries = 0
     place = ""
-    for place, entry in tqdm(entries, desc=f"read {task}", unit=" questions", delay=2, leave=False):
+    for place, entry in tqdm(entries, desc=f"read {task}", unit=" questions", delay=2, mininterval=1, leave=False):
         num_entries += 1
         answers = distinct(map(without_mark, entry.answers))
         if not answers:
@@ -153,16 +167,16 @@ def make_samples(task: str, entries: Iterable[tuple[str, Entry]], *, merge: bool
                 "Remove one of the two, or all ids: hashes of the questions then stand for them."
             )
         if earlier is not None:
-            num_repeated += 1
-            sample = replace(sample, id=f"{sample.id}-{num_repeated}")
+            repeats[sample.id] += 1
+            sample = replace(sample, id=f"{sample.id}-{repeats[sample.id]}")
         samples[sample.id], places[sample.id] = sample, place
     if not samples:
         found = f"{num_entries} questions, none with an answer" if num_entries else "no question"
         raise DataError(f"{task}: found {found}{f' ({place})' if place else ''}. {_REMEDY}")
     if num_empty:
         logger.warning("%s: left out %d of %d questions, which have no answer", task, num_empty, num_entries)
-    if num_repeated:
-        logger.warning("%s: %d questions stand in the file twice, with the same passage", task, num_repeated)
+    if repeats:
+        logger.warning("%s: %d questions repeat earlier ones about the same passage", task, repeats.total())
     return list(samples.values())
 
 
@@ -296,15 +310,15 @@ def find_files(path: Path) -> list[Path]:
     splits = {match[1] for name in found for part in name.relative_to(path).parts if (match := _SPLIT.match(part))}
     if len(splits) > 1:
         raise DataError(
-            f"{path} holds several splits: {', '.join(sorted(splits))}. Pass the file or folder of one, or a pattern "
-            f"such as {path}/{min(splits)}*."
+            f"{path} holds several splits: {', '.join(sorted(splits))}. Pass one: a file such as {found[0]}, a "
+            f"folder that holds it alone, or a pattern such as {found[0].parent / f'{min(splits)}*'}."
         )
     return found
 
 
 def _sample(task: str, place: str, entry: Entry, texts: dict[str, str]) -> EvalSample:
     """The sample of an entry. Raises DataError if a text cannot be encoded."""
-    passages = tuple(texts.setdefault(text, text) for text in entry.passages if text.strip())
+    passages = tuple(texts.setdefault(text, text.strip()) for text in entry.passages if text.strip())
     question = None if entry.question is None else without_mark(entry.question).strip()
     for text in (*passages, question or "", *entry.answers):
         check_encodable(text, f"{place}: a text")

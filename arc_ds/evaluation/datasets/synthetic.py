@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+from tqdm import tqdm
+
 from arc_ds.config.decode import decode
 from arc_ds.config.ranges import Count, Positive, Range
 from arc_ds.config.tree import parse_yaml
@@ -84,7 +86,9 @@ def make_haystacks(kind: str, spec: HaystackSpec, filler: Sequence[str] | None =
 
     Raises ConfigError if the needles alone are longer than a document.
     """
-    return [_sample(kind, spec, num_words, idx, filler) for num_words in spec.words for idx in range(spec.samples)]
+    drawn = [(num_words, idx) for num_words in spec.words for idx in range(spec.samples)]
+    progress = tqdm(drawn, desc=f"make {kind}", unit=" samples", delay=2, mininterval=1, leave=False)
+    return [_sample(kind, spec, num_words, idx, filler) for num_words, idx in progress]
 
 
 def read_filler(folder: Path) -> list[str]:

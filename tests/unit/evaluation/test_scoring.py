@@ -80,6 +80,16 @@ def test_a_task_of_groups_is_the_mean_of_their_corpora() -> None:
     )
 
 
+def test_groups_of_a_mean_have_the_clustered_error_of_their_mean() -> None:
+    groups = ["a", "b"]
+    lines = [replace(line, task="qa", prediction=line.references[0]) for line in translations(60, groups, 1.0)]
+    lines = [replace(line, prediction="x") if i % 60 < 20 or i % 5 == 0 else line for i, line in enumerate(lines)]
+    score = score_system(system(lines)).by_task["qa"]["em"]
+    x = np.array([100.0 * (line.prediction != "x") for line in lines])
+    fit = OLS(x, np.ones(120)).fit(cov_type="cluster", cov_kwds={"groups": np.arange(120) % 60})
+    assert score.stderr == pytest.approx(fit.bse[0], rel=1e-9)
+
+
 def test_groups_see_the_same_drawn_sentences() -> None:
     """Two directions with equal answers: their mean varies as much as one of them, not less."""
     one = translations(40, ["eng-fra"], 0.8)

@@ -45,7 +45,16 @@ from arc_ds.tracking.uris import check_uri
 from arc_ds.training.build import build_run
 from arc_ds.training.collectives import CollectiveCounter, counting_collectives
 from arc_ds.training.frozen_guard import FrozenGuard
-from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
+from arc_ds.training.hooks import (
+    EVALUATION_KEY,
+    VALIDATION_KEY,
+    CheckpointHook,
+    EvaluationHook,
+    Hook,
+    MetricsHook,
+    ValidationHook,
+    WatchdogHook,
+)
 from arc_ds.training.loop import fit
 from arc_ds.training.non_finite import NonFiniteHook
 from arc_ds.training.out_of_memory import explaining_memory
@@ -176,6 +185,13 @@ def _make_hooks(
             log=folder.log,
             every=config.validation.every,
             done=folder.last_logged(VALIDATION_KEY),
+            alive=watchdog.alive,
+            is_stopped=stop.is_set,
+        ),
+        EvaluationHook(
+            log=folder.log,
+            every=0 if config.evaluation is None else config.evaluation.every,
+            done=None if config.evaluation is None else folder.last_logged(EVALUATION_KEY),
             alive=watchdog.alive,
             is_stopped=stop.is_set,
         ),

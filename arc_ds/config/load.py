@@ -42,6 +42,7 @@ _OF_HOSTS = (
     "data.num_workers",
     "data.cache_dir",
     "data.cache_gib",
+    "evaluation.config",
     "tracking.*",
 )
 # Further keys that a run may change between a stop and a resume: outputs, measurements, their frequency, and the way
@@ -59,6 +60,8 @@ _OF_STARTS = (
     "data.on_error",
     "checkpoint.*",
     "validation.*",
+    "evaluation",
+    "evaluation.*",
 )
 # Keys that the first version lacked, with the value that stands for its behaviour. With this value they are not hashed,
 # so that runs of the first version can be resumed.

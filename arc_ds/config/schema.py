@@ -401,6 +401,17 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation of the current weights on question sets during training (arc_ds/evaluation/README.md)."""
+
+    config: PathText
+    """YAML config of an evaluation, such as ds_configs/eval/demo.yaml. The run's own model is evaluated with each
+    trained decoder; `systems`, `output`, `device` and `dtype` of that config are not used. Choose few samples."""
+    every: Annotated[int, Range(at_least=0, cure="0 evaluates only at the end.")] = 0
+    """Steps between evaluations. 0: only at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """MLflow. The run always writes `metrics.jsonl` to its folder."""
 
@@ -470,6 +481,8 @@ class RunConfig:
     """The ranks."""
     validation: ValidationConfig = ValidationConfig()
     """Validation."""
+    evaluation: EvaluationConfig | None = None
+    """Evaluation on question sets. None: none."""
     tracking: TrackingConfig = TrackingConfig()
     """Tracking."""
 

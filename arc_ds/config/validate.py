@@ -52,6 +52,8 @@ def check_paths(config: RunConfig) -> None:
     for idx, decoder in config.trained_decoders.items():
         paths |= {f"decoders.{idx}.backbone": decoder.backbone, f"decoders.{idx}.tokenizer": decoder.tokenizer}
     paths |= _shards_on_disk(config)
+    if config.evaluation is not None:
+        paths["evaluation.config"] = config.evaluation.config
     if config.checkpoint.resume not in ("auto", "never"):
         paths["checkpoint.resume"] = config.checkpoint.resume
     # os.path.exists is false for names that are too long and folders that cannot be searched; Path.exists may raise.

@@ -32,6 +32,7 @@ from arc_ds.training.build_model import (
     tokenizer_path,
 )
 from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement, partitioned, place_decoder
+from arc_ds.training.evaluate import Evaluator, open_evaluator
 from arc_ds.training.optim import PortAdamW, make_param_groups
 from arc_ds.training.ports import saved_ports, warn_of_ports
 from arc_ds.training.run import InputDigests, Run
@@ -53,6 +54,7 @@ class RunParts:
     inputs: InputDigests
     data: StepData
     validator: Validator | None
+    evaluator: Evaluator | None
     weights: StartingWeights
     decoders: tuple[DecoderFiles, ...]
 
@@ -91,6 +93,7 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
             inputs=inputs,
             data=data,
             validator=open_validator(config, data, readers, device),
+            evaluator=open_evaluator(config, readers),
             weights=open_starting_weights(config, spec),
             decoders=decoders,
         )
@@ -129,6 +132,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         schedule=rate_schedule(config.optimizer, config.steps),
         normalize=config.loss.normalize,
         validator=parts.validator,
+        evaluator=parts.evaluator,
     )
 
 
@@ -176,5 +180,6 @@ def _check_same_files(parts: RunParts) -> None:
         # Not part of the fingerprint, but they determine how samples are distributed to ranks.
         "passage counts in the shards' manifests": [s.shards.manifest.passage_tokens for s in parts.data.sources],
         "held-out shards": "none" if parts.validator is None else parts.validator.fingerprint,
+        "questions of the evaluation": "none" if parts.evaluator is None else parts.evaluator.fingerprint,
     }
     check_same(digests, "Provide the same files on every host.")

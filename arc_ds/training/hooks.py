@@ -19,6 +19,7 @@ from arc_ds.planning.flops import count_flops
 from arc_ds.system import activity, dist
 from arc_ds.system.device import GIB, peak_memory_bytes
 from arc_ds.training.collectives import ENCODER, Collective, CollectiveCounter, sent_bytes
+from arc_ds.training.lockstep import EvaluationStopped
 from arc_ds.training.memory import engine_memory, leaked_parameters
 from arc_ds.training.meters import COUNTS, Meter, Totals
 from arc_ds.training.run import Run
@@ -32,8 +33,10 @@ LogMetrics = Callable[[int, dict[str, float]], None]
 
 # Logged with every validation, independent of decoders and tasks.
 VALIDATION_KEY = "validation/seconds"
+# Logged with every evaluation.
+EVALUATION_KEY = "eval/seconds"
 # Pauses of a run that have metrics, by name.
-SAVE, VALIDATION = "save", "validation"
+SAVE, VALIDATION, EVALUATION = "save", "validation", "evaluation"
 
 _MIB = 1 << 20
 
@@ -152,7 +155,7 @@ class MetricsHook(Hook):
         modules = {ENCODER: (run.engine.module, run.engine)} | {
             name: (placed.module, None) for name, placed in zip(run.decoder_names, run.decoders, strict=True)
         }
-        figures: dict[str, float] = {f"{work}_s": self._paused_s[work] for work in (SAVE, VALIDATION)}
+        figures: dict[str, float] = {f"{work}_s": self._paused_s[work] for work in (SAVE, VALIDATION, EVALUATION)}
         figures["leaked"] = 0.0
         for name, (module, trained_by) in modules.items():
             memory = engine_memory(module, trained_by, run.device)
@@ -186,7 +189,7 @@ class MetricsHook(Hook):
 
     def _speed(self, run: Run, totals: Totals, elapsed: float) -> dict[str, float]:
         peak = self.peak_flops
-        paused_s = {work: totals.largest[f"{work}_s"] for work in (SAVE, VALIDATION)}
+        paused_s = {work: totals.largest[f"{work}_s"] for work in (SAVE, VALIDATION, EVALUATION)}
         mfu = {} if peak is None else {"train/mfu": totals.flops / (elapsed * dist.world_size() * peak)}
         return mfu | {
             **{
@@ -216,19 +219,18 @@ class MetricsHook(Hook):
 
 
 @dataclass(kw_only=True)
-class ValidationHook(Hook):
-    """Validates every `every` steps and at the end of the run (0: only at the end), and logs the scores.
+class PeriodicHook(Hook):
+    """Work every `every` steps and at the end of the run (0: only at the end), once for each due step.
 
-    After a stop request there may be little time left to save. The hook then aborts or skips the validation, and the
-    next start of the run catches up on it.
+    After a stop request there may be little time left to save. The hook then aborts or skips its work, and the next
+    start of the run catches up on it.
 
     log: logs the metrics of a step.
-    done: last validated step, also of an earlier start of the run; None if there is none.
+    done: last step whose work is done, also of an earlier start of the run; None if there is none.
     alive: called before each batch to reset the watchdog.
     is_stopped: whether this rank has received a stop request.
     """
 
-    priority = 40
     log: LogMetrics
     every: int
     done: int | None
@@ -237,17 +239,28 @@ class ValidationHook(Hook):
 
     def on_start(self, run: Run) -> None:
         if self.every and run.step % self.every == 0 and self.done != run.step:
-            self._validate(run)
+            self.work(run)
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         if self.every and run.step % self.every == 0 and not result.notices.ends_run:
-            self._validate(run)
+            self.work(run)
 
     def on_end(self, run: Run) -> None:
         if run.step == run.total_steps and self.done != run.step and not run.is_stopping:
-            self._validate(run)
+            self.work(run)
 
-    def _validate(self, run: Run) -> None:
+    def work(self, run: Run) -> None:
+        """Do the work of the current step, log it, and set `done`. Collective."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class ValidationHook(PeriodicHook):
+    """Validates and logs the scores."""
+
+    priority = 40
+
+    def work(self, run: Run) -> None:
         if run.validator is None:
             return
         with run.pause(VALIDATION):  # flushes earlier steps, so step numbers in the log never decrease
@@ -261,9 +274,7 @@ class ValidationHook(Hook):
                 return
             finally:
                 activity.note("after validation", phase="")
-            # A forward pass keeps up to `stage3_max_reuse_distance` parameters gathered for a backward pass.
-            for engine in (run.engine, *run.decoder_engines.values()):
-                engine.empty_partition_cache()
+            _free_gathered(run)
             self.done = run.step
             metrics = {VALIDATION_KEY: time.perf_counter() - started}
             num_samples = run.validator.num_samples_of_tasks
@@ -285,6 +296,37 @@ class ValidationHook(Hook):
                 return self.is_stopped()
 
             return validator.run(run.engine, run.decoders, before_forward)
+
+
+@dataclass(kw_only=True)
+class EvaluationHook(PeriodicHook):
+    """Answers the questions of `Run.evaluator` with the current weights and logs the scores."""
+
+    priority = 45
+
+    def work(self, run: Run) -> None:
+        if run.evaluator is None:
+            return
+        with run.pause(EVALUATION):
+            started = time.perf_counter()
+            activity.note("starting", phase="evaluation")
+            try:
+                metrics = run.evaluator.run(run, self._before_pass)
+            except EvaluationStopped:
+                logger.info("step %d: evaluation aborted; the next start of the run catches up on it", run.step)
+                run.is_stopping = True
+                return
+            finally:
+                activity.note("after evaluation", phase="")
+            _free_gathered(run)
+            self.done = run.step
+            for name, value in metrics.items():
+                logger.info("step %d, %s: %.4f", run.step, name, value)
+            self.log(run.step, {EVALUATION_KEY: time.perf_counter() - started, **metrics})
+
+    def _before_pass(self) -> bool:
+        self.alive()
+        return self.is_stopped()
 
 
 @dataclass(kw_only=True)
@@ -325,6 +367,12 @@ class CheckpointHook(Hook):
             activity.note(activity.SAVING)
             self.save(run)
         self._last = run.step
+
+
+def _free_gathered(run: Run) -> None:
+    """Free what forward passes keep: up to `stage3_max_reuse_distance` parameters, gathered for a backward pass."""
+    for engine in (run.engine, *run.decoder_engines.values()):
+        engine.empty_partition_cache()
 
 
 def _progress_bar(desc: str, total: int, **options: Any) -> tqdm:

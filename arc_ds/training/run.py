@@ -26,6 +26,8 @@ from arc_ds.training.validate import Validator
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+    from arc_ds.training.evaluate import Evaluator
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputDigests:
@@ -76,6 +78,7 @@ class Run:
     schedule: RateSchedule
     normalize: Normalize
     validator: Validator | None
+    evaluator: Evaluator | None = None
     step: int = 0
     skipped_steps: int = 0
     skipped_in_row: int = 0

@@ -10,6 +10,7 @@ import argparse
 from importlib import import_module
 
 SUBCOMMANDS: tuple[str, ...] = (
+    "run",
     "score",
     "compare",
     "import_",

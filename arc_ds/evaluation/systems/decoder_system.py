@@ -68,6 +68,10 @@ class DecoderSystem(ABC):
         """Counts of this system, see `Answer.lengths`."""
         return {}
 
+    def forget(self) -> None:
+        """See `KeepsWork`."""
+        self.reader.forget()
+
     def num_rows(self, prompt: EvalPrompt) -> int:
         """See `System`."""
         return _rows_of(self._read(self.parts(prompt))[0])
@@ -185,7 +189,7 @@ class TextSystem(DecoderSystem):
 class ArcSystem(DecoderSystem):
     """A system whose decoder reads documents as the vectors of an ARC-Encoder.
 
-    Vectors of in-context examples are kept for the next call.
+    Vectors of in-context examples are kept for the next call, until `forget`.
 
     model: encoder and decoder.
     decoder_idx: port of the decoder.
@@ -209,6 +213,11 @@ class ArcSystem(DecoderSystem):
         self._kept: dict[str, Tensor] = {}
         encoder = model.encoder_tokenizer
         self._num_encoder_tokens: Callable[[str], int] = lru_cache(_NUM_KEPT)(lambda text: len(encoder.encode(text)))
+
+    def forget(self) -> None:
+        """See `KeepsWork`."""
+        super().forget()
+        self._kept = {}
 
     def parts(self, prompt: EvalPrompt) -> list[str | Vectors]:
         """Texts, and vectors without values in place of documents."""

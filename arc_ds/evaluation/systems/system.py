@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from arc_ds.evaluation.sample import EvalPrompt
 
@@ -64,4 +64,17 @@ class System(Protocol):
 
     def describe(self) -> Mapping[str, Any]:
         """What identifies the system in run.json: kind, checkpoint digest, decoder, factor, dtype, device."""
+        ...
+
+
+@runtime_checkable
+class KeepsWork(Protocol):
+    """A system that keeps work of one call for the next one, such as the vectors of in-context examples.
+
+    With it, a call may round differently. The runner calls `forget` before each batch, so that predictions do not
+    depend on the batches that the same process has answered before.
+    """
+
+    def forget(self) -> None:
+        """Drop all kept work."""
         ...

@@ -1,0 +1,159 @@
+"""Evaluation during training: answers of the current weights to a small set of questions, on all ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from arc_ds.batch.segments import Marker
+from arc_ds.config.schema import RunConfig
+from arc_ds.data.loading.decoder_reader import ReaderFiles
+from arc_ds.errors import ArcError
+from arc_ds.evaluation.config import EvalConfig, load_eval_config
+from arc_ds.evaluation.plan import EvalPlan, LoadedTask, load_task, make_plan
+from arc_ds.evaluation.results import Prediction, data_digest
+from arc_ds.evaluation.runner import answer_batch
+from arc_ds.evaluation.scoring import by_task, seed_scores, task_stats
+from arc_ds.evaluation.systems.decoder_system import ArcSystem
+from arc_ds.evaluation.systems.kind import SystemSettings
+from arc_ds.inference.arc import ArcModel
+from arc_ds.inference.reader import DecoderReader
+from arc_ds.model.frozen_decoder import FrozenDecoder
+from arc_ds.system import dist
+from arc_ds.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.training.build_model import encoder_tokenizer_path
+from arc_ds.training.lockstep import Lockstep
+
+if TYPE_CHECKING:
+    from arc_ds.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Evaluates the run's model, once for each trained decoder. The tasks are read at the start of the run.
+
+    config: of the evaluation. Its systems, output, device and dtype are not used.
+    tasks: its tasks.
+    encoder_tokenizer: of the encoder.
+    decoder_tokenizers: one for each trained decoder.
+    bos: whether prompts begin with the decoder's begin-of-text token, as in training.
+    max_context_tokens: longest context in training.
+    """
+
+    config: EvalConfig
+    tasks: Sequence[LoadedTask]
+    encoder_tokenizer: Tokenizer
+    decoder_tokenizers: Sequence[Tokenizer]
+    bos: bool
+    max_context_tokens: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the config and of all samples; must be equal on all ranks."""
+        lines = [(task.config.name, [repr((task.config, task.samples, task.examples))]) for task in self.tasks]
+        return data_digest([*lines, ("protocol", [repr((self.config.protocol, self.config.seed))])])
+
+    def run(self, run: Run, before_pass: Callable[[], bool]) -> dict[str, float]:
+        """The metrics by name: `eval/TASK/METRIC`, or `eval/DECODER/TASK/METRIC` with several decoders. Collective.
+
+        The batches do not depend on the number of ranks. All ranks return the same metrics.
+
+        before_pass: see `Lockstep`.
+
+        Raises EvaluationStopped on all ranks if one received a stop request, and an ArcError of one rank on all.
+        """
+        predictions: list[Prediction] = []
+        error: ArcError | None = None
+        with_turns = Lockstep(
+            run.engine.module,
+            run.spec.packing,
+            [decoder.module for decoder in run.decoders],
+            partitioned=[decoder.engine is not None for decoder in run.decoders],
+            device=run.device,
+            before_pass=before_pass,
+        )
+        try:
+            with with_turns as turns:
+                predictions += self._answer(run, turns)
+        except ArcError as caught:
+            error = caught
+        dist.raise_together(error)
+        together = [each for theirs in dist.gather_objects(predictions) for each in theirs]
+        return dict(self._metrics(run, together))
+
+    def _answer(self, run: Run, turns: Lockstep) -> Iterator[Prediction]:
+        """The predictions of this rank."""
+        model = ArcModel(
+            run.spec,
+            turns.compressor,
+            self._readers(run, turns.decoders),
+            encoder_tokenizer=self.encoder_tokenizer,
+            max_context_tokens=self.max_context_tokens,
+        )
+        marker: Marker | None = "cont" if "cont" in run.spec.markers else None
+        systems = {
+            name: ArcSystem(name, model, self._settings(run, name), decoder_idx=idx, marker=marker)
+            for idx, name in enumerate(run.decoder_names)
+        }
+        plan = self._plan(list(systems.values()))
+        for batch in plan.batches[dist.rank() :: dist.world_size()]:
+            yield from answer_batch(
+                systems[batch.system], batch, decoder=batch.system, nll=self.config.nll, seed=self.config.seed
+            )
+
+    def _plan(self, systems: Sequence[ArcSystem]) -> EvalPlan:
+        config = self.config
+        plan = make_plan(
+            systems,
+            self.tasks,
+            config.protocol.protocol,
+            arc_names=[system.name for system in systems],
+            seed=config.seed,
+            max_batch_rows=config.max_batch_rows,
+        )
+        for system, tasks in plan.too_long.items():
+            for task, ids in tasks.items():
+                logger.warning("evaluation, %s, %s: %d samples are too long and left out", system, task, len(ids))
+        return plan
+
+    def _readers(self, run: Run, decoders: Sequence[FrozenDecoder]) -> list[DecoderReader]:
+        return [
+            DecoderReader(decoder=decoder, tokenizer=tokenizer, bos=self.bos, name=name)
+            for decoder, tokenizer, name in zip(decoders, self.decoder_tokenizers, run.decoder_names, strict=True)
+        ]
+
+    def _settings(self, run: Run, name: str) -> SystemSettings:
+        protocol = self.config.protocol.protocol
+        dtype = next(run.decoders[0].module.parameters()).dtype
+        return SystemSettings(name=name, protocol=protocol, seed=self.config.seed, device=run.device, dtype=dtype)
+
+    def _metrics(self, run: Run, predictions: Sequence[Prediction]) -> Iterator[tuple[str, float]]:
+        for name in run.decoder_names:
+            prefix = f"eval/{name}" if len(run.decoder_names) > 1 else "eval"
+            for task, own in by_task(each for each in predictions if each.system == name).items():
+                stats = task_stats([own], bleu_lowercase=self.config.protocol.protocol.bleu_lowercase)
+                for metric in stats.by_metric:
+                    yield f"{prefix}/{task}/{metric}", float(seed_scores(stats, metric)[0])
+                yield f"{prefix}/{task}/num_samples", float(len(own))
+
+
+def open_evaluator(config: RunConfig, readers: Sequence[ReaderFiles]) -> Evaluator | None:
+    """Read the evaluation of a run; None if its config has none. Raises ConfigError or DataError.
+
+    readers: tokenizer and chat template of each trained decoder.
+    """
+    if config.evaluation is None:
+        return None
+    wanted = load_eval_config(config.evaluation.config, needs_systems=False)
+    return Evaluator(
+        config=wanted,
+        tasks=[load_task(task, wanted.protocol.protocol) for task in wanted.tasks],
+        encoder_tokenizer=load_tokenizer(encoder_tokenizer_path(config.encoder)),
+        decoder_tokenizers=[files.load().tokenizer for files in readers],
+        bos=config.data.decoder_bos,
+        max_context_tokens=config.data.max_context_tokens,
+    )

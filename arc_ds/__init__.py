@@ -8,11 +8,17 @@ from arc_ds.version import __version__
 
 if TYPE_CHECKING:
     from arc_ds.batch.segments import Segment
-    from arc_ds.inference.arc import ArcModel, Context
+    from arc_ds.inference.arc import ArcModel
+    from arc_ds.inference.prompt import Context, Vectors
 
-__all__ = ["ArcModel", "Context", "Segment", "__version__"]
+__all__ = ["ArcModel", "Context", "Segment", "Vectors", "__version__"]
 
-_PUBLIC = {"ArcModel": "arc_ds.inference.arc", "Context": "arc_ds.inference.arc", "Segment": "arc_ds.batch.segments"}
+_PUBLIC = {
+    "ArcModel": "arc_ds.inference.arc",
+    "Context": "arc_ds.inference.prompt",
+    "Segment": "arc_ds.batch.segments",
+    "Vectors": "arc_ds.inference.prompt",
+}
 
 
 def __getattr__(name: str) -> Any:

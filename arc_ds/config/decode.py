@@ -16,18 +16,21 @@ from arc_ds.errors import ConfigError
 T = TypeVar("T")
 
 
-def decode(entry: Entry, cls: type[T]) -> T:
+def decode(entry: Entry, cls: type[T], path: str = "") -> T:
     """Build the dataclass `cls` from a mapping.
+
+    path: key of the mapping in the config, for errors.
 
     Field types: str, int, float, bool, Literal of strings, unions (also with None), tuples, dataclasses and tuples of
     them, numbers annotated with a `Range`, text annotated with a function that returns the value or raises ConfigError,
-    and Literals annotated with a dict of their old spellings.
+    and Literals annotated with a dict of their old spellings. A dataclass with a class method `decode_entry(entry,
+    path)` decodes itself.
 
     Raises ConfigError on an unknown key (with the nearest one), a missing key, or a value of another type. One
     ConfigError lists all numbers out of range.
     """
     out_of_range: list[str] = []
-    decoded = _dataclass(entry, cls, "", out_of_range)
+    decoded = _dataclass(entry, cls, path, out_of_range)
     if out_of_range:
         raise ConfigError("\n".join(out_of_range))
     return decoded
@@ -57,6 +60,8 @@ def _value(entry: Entry, kind: Any, path: str, out_of_range: list[str]) -> Any:
         return _union(entry, members, path, out_of_range)
     if origin is tuple:
         return _tuple(entry, members, path, out_of_range)
+    if (own := getattr(kind, "decode_entry", None)) is not None:
+        return own(entry, path)
     if dataclasses.is_dataclass(kind):
         return _dataclass(entry, kind, path, out_of_range)  # type: ignore[arg-type]
     if origin is Literal:

@@ -11,27 +11,30 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from arc_ds.batch.packing import PackedBatch, pack
+from arc_ds.batch.packing import num_outputs, pack
 from arc_ds.batch.segments import Marker, Sample, Segment, TokenIds
 from arc_ds.data.tasks.chat import LayoutName
 from arc_ds.errors import ConfigError, DataError, TokenizerError
-from arc_ds.inference.decoder_files import find_max_positions, find_stop_ids
-from arc_ds.inference.generate import MAX_NEW_TOKENS, Sampling, generate_ids, whole_number
-from arc_ds.inference.load import (
-    load_compressor,
-    load_decoder_tokenizer,
-    load_encoder_tokenizer,
-    open_arc_folder,
-    open_trained_decoders,
+from arc_ds.inference.generate import Sampling, whole_number
+from arc_ds.inference.load import load_compressor, load_encoder_tokenizer, open_arc_folder, open_trained_decoders
+from arc_ds.inference.prompt import Context, Parts, Prompt, Vectors
+from arc_ds.inference.reader import (
+    Answer,
+    DecoderReader,
+    Nll,
+    check_ids,
+    check_is_list,
+    check_same_number,
+    reader_of,
 )
+from arc_ds.inference.rows import MAX_ROWS, pack_rows, row_batches
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.pooling import group_rules
@@ -39,7 +42,7 @@ from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights import use_memory_tokens
 from arc_ds.system.device import usable_device
 from arc_ds.system.user_files import check_encodable
-from arc_ds.tokenizers import Tokenizer, read_together
+from arc_ds.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +50,10 @@ logger = logging.getLogger(__name__)
 _DEFAULT_CONTEXT_TOKENS = 2048
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
-    """A part of a prompt that the decoder reads in compressed form.
-
-    text: the text to compress.
-    marker: marker appended to the compressed vectors, or None.
-    """
-
-    text: str
-    marker: Marker | None = "cont"
-
-
-Prompt = str | Context | Sequence[str | Context]
 DecoderParts = Literal["all", "embedding"]
+
+
+__all__ = ["Answer", "ArcModel", "Context", "Nll", "Prompt", "Vectors"]
 
 
 class ArcModel:
@@ -68,55 +61,67 @@ class ArcModel:
 
     spec: sizes and semantics of the compressor.
     compressor: the compressor with its weights.
-    decoders: the frozen decoders, in the order of the ports.
+    readers: the frozen decoders and what belongs to them, in the order of the ports.
     encoder_tokenizer: None if contexts come as token ids.
-    decoder_tokenizers: one per decoder; None if prompts come as token ids.
-    decoder_bos: for each decoder, whether text prompts begin with its begin-of-text token, as in training. The default
-        is yes if its tokenizer has one.
-    decoder_chat_templates: for each decoder, the layout of its chats in training (`read_layout`), if it is known.
-    decoder_stop_ids: for each decoder, the ids that end a continuation of `generate`. The default is the end-of-text
-        token of its tokenizer.
-    decoder_max_positions: for each decoder, the longest sequence that its files state, if any. A longer one gives a
-        warning.
     texts_apart: tokenize the text after a context as if it started a new text, as the reference does. Sentencepiece
         then prepends a space.
     max_context_tokens: length of the longest context in training, if it is known. A longer one is compressed, with a
         warning.
-    decoder_parts: "embedding" if only the embedding tables of the decoders were loaded. Then `compress` and
-        `prompt_embeds` work, and `logits` and `generate` raise ConfigError.
     """
 
     def __init__(
         self,
         spec: CompressorSpec,
         compressor: Compressor,
-        decoders: Sequence[FrozenDecoder],
+        readers: Sequence[DecoderReader],
         *,
         encoder_tokenizer: Tokenizer | None = None,
-        decoder_tokenizers: Sequence[Tokenizer | None] = (),
-        decoder_bos: Sequence[bool] = (),
-        decoder_chat_templates: Sequence[LayoutName | None] = (),
-        decoder_stop_ids: Sequence[Sequence[int]] = (),
-        decoder_max_positions: Sequence[int | None] = (),
         texts_apart: bool = False,
         max_context_tokens: int | None = None,
-        decoder_parts: DecoderParts = "all",
     ) -> None:
         self.spec = spec
         self.compressor = compressor.eval().requires_grad_(False)
-        self.decoders = list(decoders)
+        self.readers = tuple(readers)
         self.encoder_tokenizer = encoder_tokenizer
-        self.decoder_tokenizers = list(decoder_tokenizers) or [None] * len(self.decoders)
-        self.decoder_bos = list(decoder_bos) or [True] * len(self.decoders)
-        self.decoder_chat_templates = list(decoder_chat_templates) or [None] * len(self.decoders)
-        ends = ((t.eos_id if t is not None else None) for t in self.decoder_tokenizers)
-        self.decoder_stop_ids = list(decoder_stop_ids) or [() if end is None else (end,) for end in ends]
-        self.decoder_max_positions = list(decoder_max_positions) or [None] * len(self.decoders)
         self.texts_apart = texts_apart
         self.max_context_tokens = max_context_tokens
-        self.decoder_parts = decoder_parts
-        self._named_lengths: dict[str, int] = {}  # the longest that a warning has named, by the model that reads it
+        self._named_length = 0  # of a context, the longest that a warning has named
         self.device = next(compressor.parameters()).device
+
+    @property
+    def decoders(self) -> list[FrozenDecoder]:
+        """The frozen decoders, in the order of the ports."""
+        return [reader.decoder for reader in self.readers]
+
+    @property
+    def decoder_tokenizers(self) -> list[Tokenizer | None]:
+        """The tokenizer of each decoder."""
+        return [reader.tokenizer for reader in self.readers]
+
+    @property
+    def decoder_bos(self) -> list[bool]:
+        """For each decoder, whether text prompts begin with its begin-of-text token."""
+        return [reader.bos for reader in self.readers]
+
+    @property
+    def decoder_chat_templates(self) -> list[LayoutName | None]:
+        """For each decoder, the layout of its chats in training."""
+        return [reader.chat_template for reader in self.readers]
+
+    @property
+    def decoder_stop_ids(self) -> list[tuple[int, ...]]:
+        """For each decoder, the ids that end a continuation of `generate`."""
+        return [reader.stop_ids or () for reader in self.readers]
+
+    @property
+    def decoder_max_positions(self) -> list[int | None]:
+        """For each decoder, the longest sequence that its files state."""
+        return [reader.max_positions for reader in self.readers]
+
+    @property
+    def decoder_parts(self) -> DecoderParts:
+        """ "embedding" if only the embedding tables of the decoders were loaded."""
+        return "all" if all(reader.is_whole for reader in self.readers) else "embedding"
 
     @staticmethod
     def from_checkpoint(
@@ -161,33 +166,23 @@ class ArcModel:
             tensors = use_memory_tokens(tensors, memory_tokens)
         opened = open_trained_decoders(paths, folder, arc_dir, trust_remote_code=trust_remote_code, force=force)
         encoder_tokenizer = load_encoder_tokenizer(folder, arc_dir)
-        decoder_tokenizers = [
-            load_decoder_tokenizer(path, decoder, settings, force=force)
-            for path, decoder, settings in zip(paths, opened, folder.decoders, strict=False)
-        ]
+        is_whole = decoder_parts == "all"
         # Small files first: their faults should not show only after minutes of loading.
-        stop_ids = [
-            tuple(idx for idx in find_stop_ids(path, tokenizer) if idx < decoder.sizes.vocab_size)
-            for path, tokenizer, decoder in zip(paths, decoder_tokenizers, opened, strict=True)
+        readers = [
+            reader_of(path, each, settings, force=force, is_whole=is_whole, name=f"decoder {idx}")
+            for idx, (path, each, settings) in enumerate(zip(paths, opened, folder.decoders, strict=False))
         ]
-        max_positions = [find_max_positions(path) for path in paths]
         compressor = load_compressor(spec, tensors, device, dtype)
         return ArcModel(
             spec,
             compressor,
             [
-                decoder.load(device, dtype) if decoder_parts == "all" else decoder.load_embedding(device, dtype)
-                for decoder in opened
+                reader(decoder=each.load(device, dtype) if is_whole else each.load_embedding(device, dtype))
+                for reader, each in zip(readers, opened, strict=True)
             ],
             encoder_tokenizer=encoder_tokenizer,
-            decoder_tokenizers=decoder_tokenizers,
-            decoder_bos=[settings.bos for settings in folder.decoders],
-            decoder_chat_templates=[settings.chat_template for settings in folder.decoders],
-            decoder_stop_ids=stop_ids,
-            decoder_max_positions=max_positions,
             texts_apart=folder.texts_apart,
             max_context_tokens=folder.max_context_tokens,
-            decoder_parts=decoder_parts,
         )
 
     @torch.no_grad()
@@ -204,33 +199,61 @@ class ArcModel:
         outside the vocabulary, ConfigError on a marker that the port lacks, and TokenizerError on texts if the encoder
         was loaded without a tokenizer.
         """
-        _check_is_list("contexts", contexts)
+        check_is_list("contexts", contexts)
         segments = [self._context(c, decoder, marker, f"context {idx}") for idx, c in enumerate(contexts)]
-        samples = [Sample("compress", (segment,)) for segment in segments]
-        if not samples:
-            return []
-        batch = self._pack(samples)
-        return list(self.compressor(batch, decoder).split(batch.decoder_cu_seqlens.diff().tolist()))
+        return self._compress(segments, decoder) if segments else []
 
     @torch.no_grad()
-    def logits(self, sequences: Sequence[Sequence[Segment]], decoder: int = 0) -> list[Tensor]:
+    def logits(self, sequences: Sequence[Parts], decoder: int = 0) -> list[Tensor]:
         """Next-token logits at every text token of each sequence: a list of float32 [text tokens, V].
+
+        sequences: each a list of `Segment`, and of `Vectors` in place of contexts.
 
         Adds no begin-of-text token. Raises DataError on an empty sequence or an id outside the vocabulary.
         """
         reader = self._whole_reader(decoder)
-        samples = [Sample("logits", segments) for segments in _checked_sequences("sequences", sequences)]
-        if not samples:
+        checked = _checked_sequences("sequences", sequences)
+        rows = self._rows(checked, decoder)
+        if not rows:
             return []
-        batch = self._pack(samples, reader)
-        self._warn_of_long_sequence(batch.decoder_max_seqlen, 0, decoder)
-        logits_NV = reader.logits(batch, self._vectors(batch, decoder), batch.text_rows)
-        return list(logits_NV.split([sample.num_text_tokens for sample in samples]))
+        batch, z_ZD = pack_rows(rows, reader.device, reader.dtype)
+        reader.warn_of_length(batch.decoder_max_seqlen, 0)
+        logits_NV = reader.decoder.logits(batch, z_ZD, batch.text_rows)
+        return list(logits_NV.split([sum(len(p) for p in line if isinstance(p, TokenIds)) for line in rows]))
+
+    @torch.no_grad()
+    def nll(
+        self,
+        prompts: Sequence[Prompt | Parts],
+        answers: Sequence[str],
+        decoder: int = 0,
+        *,
+        max_rows: int | None = None,
+    ) -> list[Nll]:
+        """NLL of each answer after its prompt: a list of (nats, summed over the answer's tokens; their number).
+
+        An answer is tokenised together with the text before it, as in training. Logits are made at the rows that
+        predict an answer only. An answer without tokens has the NLL 0 of 0 tokens.
+
+        prompts: as for `generate`.
+        answers: a text for each prompt; after "Answer:" it begins with a space.
+        max_rows: see `generate`.
+
+        Raises the errors of `generate` on prompts, and DataError if there is not one answer for each prompt.
+        """
+        check_is_list("prompts", prompts)
+        check_same_number(prompts, answers)
+        reader = self._whole_reader(decoder)
+        read = [
+            self._read(prompt, decoder, f"prompt {idx}", answer)
+            for idx, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        ]
+        return reader.nll_rows(self._rows([parts for parts, _ in read], decoder), [ids for _, ids in read], max_rows)
 
     @torch.no_grad()
     def prompt_embeds(
         self,
-        prompts: Sequence[Prompt | Sequence[Segment]],
+        prompts: Sequence[Prompt | Parts],
         decoder: int = 0,
         *,
         vectors: Sequence[Tensor] | None = None,
@@ -246,207 +269,208 @@ class ArcModel:
 
         Raises the errors of `generate` on prompts.
         """
-        _check_is_list("prompts", prompts)
+        check_is_list("prompts", prompts)
         reader = self._reader(decoder)
         if not prompts:
             return []
-        segments = [self.segments(prompt, decoder, f"prompt {idx}") for idx, prompt in enumerate(prompts)]
-        batch = self._pack([Sample("embed", tuple(line)) for line in segments], reader)
-        rows_RD = reader.embed(batch, self._vectors(batch, decoder, vectors))
-        return list(rows_RD.split(batch.decoder_cu_seqlens.diff().tolist()))
+        rows = self._rows(self._all_parts(prompts, decoder), decoder, vectors)
+        batch, z_ZD = pack_rows(rows, reader.device, reader.dtype)
+        return list(reader.decoder.embed(batch, z_ZD).split(batch.decoder_cu_seqlens.diff().tolist()))
 
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[Prompt | Sequence[Segment]],
+        prompts: Sequence[Prompt | Parts],
         decoder: int = 0,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | Sequence[int] = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         *,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
+        max_rows: int | None = None,
     ) -> list[str]:
-        """Continue each prompt, a mixture of text and `Context`, and return the new texts.
+        """Continue each prompt, a mixture of text, `Context` and `Vectors`, and return the new texts.
 
         A prompt starts with the decoder's begin-of-text token if its tokenizer has one. Every end of a text or a turn
         that the decoder's files name ends a continuation (`decoder_stop_ids`). Temperature 0 is greedy; otherwise
         tokens are sampled with `seed` from the smallest set whose probability reaches `top_p`. Sentencepiece drops a
         leading space of a continuation.
 
+        Equal contexts are compressed once. Rows with which all prompts begin are read once: give prompts with the same
+        examples together.
+
+        max_new_tokens: limit of every continuation, or a list with the limit of each.
         stop: texts that also end a continuation, such as "\\n\\n", or names of special tokens, such as "<|im_end|>".
             They are not returned.
         stop_ids: ids of the decoder's tokenizer that also end a continuation.
+        max_rows: largest batch of the decoder: prompts times the rows of the longest one with its new tokens, without
+            the rows that are read once. The default is half of the memory, and at most 16384 rows.
 
         Raises TokenizerError if the decoder was loaded without a tokenizer, DataError on a prompt without tokens
         (unless the tokenizer has a begin-of-text token), and ConfigError on an invalid number or stop.
         """
-        _check_is_list("prompts", prompts)
-        tokenizer = self._decoder_tokenizer(decoder)
-        stops = _stop_texts(stop)
-        named = [tokenizer.special_ids[text] for text in stops if text in tokenizer.special_ids]
-        texts = [text for text in stops if text not in tokenizer.special_ids]
-        # A token has at least one byte, but the window may begin inside a character.
-        window = max((len(text.encode()) for text in texts), default=0) + 4
-
-        def has_stopped(line: list[int]) -> bool:
-            return any(text in tokenizer.decode(line[-window:]) for text in texts)
-
-        rows = range(self._reader(decoder).vocab_size)  # a tokenizer may name more tokens than the decoder has
-        ends = [idx for idx in (*self.decoder_stop_ids[decoder], *named) if idx in rows]
-        ids = self.generate_ids(
-            [self.segments(prompt, decoder, f"prompt {idx}") for idx, prompt in enumerate(prompts)],
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        answers = self.answers(
+            prompts,
             decoder,
             max_new_tokens=max_new_tokens,
-            stop_ids=[*ends, *self._checked_stop_ids(stop_ids, decoder)],
-            sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
-            has_ended=has_stopped if texts else None,
+            sampling=sampling,
+            stop=stop,
+            stop_ids=stop_ids,
+            max_rows=max_rows,
         )
-        return [_before_first(tokenizer.decode(line), texts) for line in ids]
+        return [answer.text for answer in answers]
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[Prompt | Parts], decoder: int = 0, **options: Any) -> list[Answer]:
+        """`generate` with the text before it was cut, the tokens, and the reason of each end.
+
+        options: of `DecoderReader.answer_rows`.
+        """
+        check_is_list("prompts", prompts)
+        reader = self._reader(decoder)
+        reader.needed_tokenizer()
+        reader.check_whole()
+        return reader.answer_rows(self._rows(self._all_parts(prompts, decoder), decoder), **options)
 
     @torch.no_grad()
     def generate_ids(
         self,
-        prompts: Sequence[Sequence[Segment]],
+        prompts: Sequence[Parts],
         decoder: int = 0,
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | Sequence[int] = 64,
         stop_ids: Sequence[int] = (),
         sampling: Sampling | None = None,
         vectors: Sequence[Tensor] | None = None,
-        has_ended: Callable[[list[int]], bool] | None = None,
+        has_ended: Callable[[int, list[int]], bool] | None = None,
+        max_rows: int | None = None,
     ) -> list[list[int]]:
         """`generate` on token ids: no tokenizer, no begin-of-text token, and no stops but `stop_ids` and `has_ended`.
 
         stop_ids: `decoder_stop_ids[decoder]` are those of `generate`.
         vectors: what `compress` gave for each context of the prompts, in reading order, [m, D_decoder] each. None
             compresses the contexts now.
-        has_ended: called after every step with the new tokens of each sequence, in the order of the prompts; True ends
-            the sequence.
+        has_ended: called after every step with (index of a prompt, its new tokens) if it had not ended before the step;
+            True ends it.
         """
-        samples = [Sample("generate", segments) for segments in _checked_sequences("prompts", prompts)]
-        stop_ids = self._checked_stop_ids(stop_ids, decoder)
+        checked = _checked_sequences("prompts", prompts)
         reader = self._whole_reader(decoder)
-        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, at_least=0, at_most=MAX_NEW_TOKENS)
-        if not samples:
-            return []
-        batch = self._pack(samples, reader)
-        self._warn_of_long_sequence(batch.decoder_max_seqlen, max_new_tokens, decoder)
-        return generate_ids(
-            reader,
-            batch,
-            self._vectors(batch, decoder, vectors),
+        lines = reader.continue_rows(
+            self._rows(checked, decoder, vectors),
             max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
+            stop_ids=reader.checked_stop_ids(stop_ids),
             sampling=sampling,
             has_ended=has_ended,
+            max_rows=max_rows,
         )
+        return [line.ids for line in lines]
 
-    def _checked_stop_ids(self, stop_ids: Sequence[int], decoder: int) -> list[int]:
-        last = self._reader(decoder).vocab_size - 1
-        if not isinstance(stop_ids, Iterable):
-            raise ConfigError(f"stop_ids is {stop_ids!r}; expected a list of token ids, such as [2]")
-        return [whole_number("a stop id", idx, at_least=0, at_most=last) for idx in stop_ids]
+    def _rows(
+        self, prompts: Sequence[Parts], decoder: int, given: Sequence[Tensor] | None = None
+    ) -> list[list[TokenIds | Tensor]]:
+        """Prompts as the decoder reads them. Equal contexts are compressed once.
 
-    def _vectors(self, batch: PackedBatch, decoder: int, given: Sequence[Tensor] | None = None) -> Tensor | None:
-        """Compressed vectors of a batch's contexts; None if the batch has text only. `given`: those of each context."""
-        if not batch.num_encoder_tokens:
-            return None
+        given: the vectors of each context; None: compress them.
+        """
+        contexts = [
+            part for prompt in prompts for part in prompt if isinstance(part, Segment) and part.kind == "context"
+        ]
         if given is None:
-            return self.compressor(batch, decoder)
-        z_ZD, expected = torch.cat(list(given)), (batch.compressed_rows.numel(), self.spec.decoder_sizes[decoder])
-        if z_ZD.shape != expected:
+            different = {_key(segment): segment for segment in contexts}
+            found = dict(zip(different, self._compress(list(different.values()), decoder), strict=True))
+            vectors = iter([found[_key(segment)] for segment in contexts])
+        else:
+            vectors = iter(self._checked_vectors(given, contexts, decoder))
+        reader = self._reader(decoder)
+        return [
+            reader.rows([Vectors(next(vectors)) if _is_context(part) else part for part in prompt], idx)
+            for idx, prompt in enumerate(prompts)
+        ]
+
+    def _compress(self, segments: Sequence[Segment], decoder: int) -> list[Tensor]:
+        """The vectors of context segments, in batches of bounded size."""
+        if not segments:
+            return []
+        lengths = [len(segment.ids) for segment in segments]
+        self._warn_of_long_context(max(lengths))
+        found: list[Tensor] = []
+        for indices in row_batches(lengths, MAX_ROWS):
+            batch = pack([Sample("compress", (segments[idx],)) for idx in indices], self.spec.packing)
+            check_ids("encoder", batch.encoder_ids, self.spec.backbone.vocab_size)
+            batch = batch.to(self.device)
+            found += self.compressor(batch, decoder).split(batch.decoder_cu_seqlens.diff().tolist())
+        return found
+
+    def _checked_vectors(self, given: Sequence[Tensor], contexts: Sequence[Segment], decoder: int) -> Sequence[Tensor]:
+        """The given vectors. DataError if they are not those of the contexts."""
+        lengths = num_outputs(np.array([len(segment.ids) for segment in contexts], dtype=np.int64), self.spec.packing)
+        width = self.spec.decoder_sizes[decoder]
+        expected = [[num + (s.marker is not None), width] for num, s in zip(lengths.tolist(), contexts, strict=True)]
+        shapes = [list(z_ZD.shape) for z_ZD in given]
+        if shapes != expected:
             raise DataError(
-                f"the vectors have shape {list(z_ZD.shape)}; the contexts of the prompts need {list(expected)}. Pass "
+                f"the vectors have shapes {shapes[:8]}; the contexts of the prompts need {expected[:8]}. Pass "
                 "what `compress` gives for each context, for this decoder and with the same markers."
             )
-        return z_ZD.to(self.device)
+        return given
 
-    def _reader(self, decoder: int) -> FrozenDecoder:
-        if decoder not in range(len(self.decoders)):
+    def _reader(self, decoder: int) -> DecoderReader:
+        if decoder not in range(len(self.readers)):
             raise ConfigError(
-                f"decoder {decoder!r} was requested, but the model was loaded with {len(self.decoders)} of its "
+                f"decoder {decoder!r} was requested, but the model was loaded with {len(self.readers)} of its "
                 f"{len(self.spec.decoder_sizes)} decoders (indices start at 0). Add its weights to `decoders`."
             )
-        return self.decoders[decoder]
+        return self.readers[decoder]
 
-    def _whole_reader(self, decoder: int) -> FrozenDecoder:
+    def _whole_reader(self, decoder: int) -> DecoderReader:
         reader = self._reader(decoder)
-        if self.decoder_parts != "all":
-            raise ConfigError(
-                "only the decoder's embedding table was loaded, so it cannot read a prompt. Load the model with "
-                'decoder_parts="all", or give `prompt_embeds` to another engine.'
-            )
+        reader.check_whole()
         return reader
 
-    def _pack(self, samples: Sequence[Sample], reader: FrozenDecoder | None = None) -> PackedBatch:
-        for idx, sample in enumerate(samples):
-            if not any(segment.ids for segment in sample.segments):
-                raise DataError(f"sequence {idx} is empty: it needs at least one text token or context")
-        self._warn_of_long_contexts(samples)
-        batch = pack(samples, self.spec.packing)
-        _check_ids("encoder", batch.encoder_ids, self.spec.backbone.vocab_size)
-        if reader is not None:
-            _check_ids("decoder", batch.decoder_ids, reader.vocab_size)
-        return batch.to(self.device)
-
-    def _warn_of_long_contexts(self, samples: Sequence[Sample]) -> None:
-        lengths = (len(segment.ids) for sample in samples for segment in sample.segments if segment.kind == "context")
-        longest, trained = max(lengths, default=0), self.max_context_tokens
+    def _warn_of_long_context(self, longest: int) -> None:
+        """Warn of a context beyond those of training, if no warning has named such a length before."""
+        trained = self.max_context_tokens
         usual = trained or _DEFAULT_CONTEXT_TOKENS
-        if self._is_news("encoder", longest, usual):
-            source = "the encoder was trained on" if trained else "its training is not recorded; most runs train on"
-            logger.warning(
-                f"a context has {longest:,} tokens; {source} contexts of up to {usual:,}. Its vectors may lose most of "
-                f"the text, and time grows with the square of the length. Cut it into contexts of at most {usual:,} "
-                "tokens."
-            )
-
-    def _warn_of_long_sequence(self, rows: int, max_new_tokens: int, decoder: int) -> None:
-        limit = self.decoder_max_positions[decoder]
-        if limit is not None and self._is_news(f"decoder {decoder}", rows + max_new_tokens, limit):
-            logger.warning(
-                f"a sequence has {rows:,} tokens and vectors, and up to {max_new_tokens:,} new tokens; decoder "
-                f"{decoder} was trained on at most {limit:,} positions. Its text may degrade beyond them. Shorten the "
-                "prompt, compress more of it, or lower max_new_tokens."
-            )
-
-    def _is_news(self, reader: str, length: int, limit: int) -> bool:
-        """Whether a length exceeds the limit of its reader, and every length that a warning has named before."""
-        if length <= max(limit, self._named_lengths.get(reader, 0)):
-            return False
-        self._named_lengths[reader] = length
-        return True
+        if longest <= max(usual, self._named_length):
+            return
+        self._named_length = longest
+        source = "the encoder was trained on" if trained else "its training is not recorded; most runs train on"
+        logger.warning(
+            f"a context has {longest:,} tokens; {source} contexts of up to {usual:,}. Its vectors may lose most of "
+            f"the text, and time grows with the square of the length. Cut it into contexts of at most {usual:,} "
+            "tokens."
+        )
 
     def segments(self, prompt: Prompt | Sequence[Segment], decoder: int = 0, where: str = "a prompt") -> list[Segment]:
         """The tokens of a prompt, as `generate` reads it: with the begin-of-text token. Segments are returned as given.
 
-        where: the prompt, for errors, which are those of `generate`.
+        where: the prompt, for errors, which are those of `generate`. A prompt with `Vectors` has no segments.
         """
-        if not isinstance(prompt, str | Context | Sequence):
-            raise DataError(f"{where} is a {type(prompt).__name__}; expected a str, a Context, or a list of them")
-        parts = [prompt] if isinstance(prompt, str | Context) else list(prompt)
-        given = [part for part in parts if isinstance(part, Segment)]
-        if given and len(given) == len(parts):
-            return given
-        tokenizer = self._decoder_tokenizer(decoder)
-        bos = tokenizer.bos_id if self.decoder_bos[decoder] else None
-        segments = [] if bos is None else [Segment.text([bos])]
-        after_context = False
-        for part in _join_texts(parts):
-            if isinstance(part, Context):
-                segments.append(self._context(part.text, decoder, part.marker, f"a context of {where}"))
-            elif isinstance(part, str):
-                text = check_encodable(part, where)
-                (ids,) = read_together(tokenizer, [text], inside=after_context and not self.texts_apart)
-                segments.append(Segment.text(ids))
-            else:
-                raise DataError(
-                    f"a prompt consists of str and Context, or of Segment only; got a {type(part).__name__}"
-                )
-            after_context = isinstance(part, Context)
+        parts, _ = self._read(prompt, decoder, where)
+        segments = [part for part in parts if isinstance(part, Segment)]
+        if len(segments) < len(parts):
+            raise DataError(f"{where} has Vectors, which have no tokens. Give their texts as Context.")
         return segments
+
+    def _all_parts(self, prompts: Sequence[Prompt | Parts], decoder: int) -> list[list[Segment | Vectors]]:
+        return [self._read(prompt, decoder, f"prompt {idx}")[0] for idx, prompt in enumerate(prompts)]
+
+    def _read(
+        self, prompt: Prompt | Parts, decoder: int, where: str, answer: str | None = None
+    ) -> tuple[list[Segment | Vectors], TokenIds]:
+        def compressible(part: Context) -> Segment:
+            return self._context(part.text, decoder, part.marker, f"a context of {where}")
+
+        reader = self._reader(decoder)
+        return reader.read(prompt, where, answer=answer, compressible=compressible, texts_apart=self.texts_apart)
+
+    def num_vectors(self, num_tokens: int, marker: Marker | None = "cont") -> int:
+        """Number of vectors of a context of so many encoder tokens, with its marker."""
+        outputs = num_outputs(np.array([num_tokens], dtype=np.int64), self.spec.packing)
+        return int(outputs[0]) + (marker is not None)
 
     def check_port(self, decoder: int, marker: Marker | None) -> None:
         """Raise ConfigError if the compressor has no port of this index, or no such marker."""
@@ -474,13 +498,6 @@ class ArcModel:
             raise DataError(f"{where} is empty, so there is nothing to compress: omit it or give it text")
         return Segment.context(ids, marker)
 
-    def _decoder_tokenizer(self, decoder: int) -> Tokenizer:
-        self._reader(decoder)
-        tokenizer = self.decoder_tokenizers[decoder]
-        if tokenizer is None:
-            raise TokenizerError(f"decoder {decoder} was loaded without a tokenizer: add one to the decoder's folder")
-        return tokenizer
-
 
 def _with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
     if not spec.rules:
@@ -499,55 +516,27 @@ def _with_memory_tokens(spec: CompressorSpec, num: int) -> CompressorSpec:
     return dataclasses.replace(spec, memory_tokens=num)
 
 
-def _join_texts(parts: Sequence[object]) -> list[object]:
-    """Join adjacent texts, because splitting a text must not change its tokens."""
-    joined: list[object] = []
-    for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
-        members = list(group)
-        joined += ["".join(map(str, members))] if is_text else members
-    return joined
+def _key(segment: Segment) -> tuple[bytes, Marker | None]:
+    """Contexts with equal keys have the same vectors."""
+    return np.asarray(segment.ids, dtype=np.int64).tobytes(), segment.marker
 
 
-def _check_is_list(what: str, given: object) -> None:
-    """Raise DataError on a single text, which would be read as a list of its characters or bytes."""
-    if isinstance(given, str | bytes | bytearray | Context | Segment) or not isinstance(given, Iterable):
-        raise DataError(f"{what} is one {type(given).__name__}; expected a list: write [{what.removesuffix('s')}]")
+def _is_context(part: Segment | Vectors) -> bool:
+    return isinstance(part, Segment) and part.kind == "context"
 
 
-def _checked_sequences(what: str, given: Sequence[Sequence[Segment]]) -> list[tuple[Segment, ...]]:
-    """The sequences as tuples. Raises DataError unless each is a list of `Segment`."""
-    _check_is_list(what, given)
-    sequences: list[tuple[Segment, ...]] = []
+def _checked_sequences(what: str, given: Sequence[Parts]) -> list[tuple[Segment | Vectors, ...]]:
+    """The sequences as tuples. Raises DataError unless each is a list of `Segment` and `Vectors`."""
+    check_is_list(what, given)
+    sequences: list[tuple[Segment | Vectors, ...]] = []
     for idx, segments in enumerate(given):
         where = f"{what}[{idx}]"
-        if isinstance(segments, Segment) or not isinstance(segments, Iterable):
+        if isinstance(segments, Segment | Vectors) or not isinstance(segments, Iterable):
             raise DataError(f"{where} is one {type(segments).__name__}; expected a list of Segment: write [[...]]")
         sequences.append(tuple(segments))
-        if others := [part for part in sequences[-1] if not isinstance(part, Segment)]:
+        if others := [part for part in sequences[-1] if not isinstance(part, Segment | Vectors)]:
             raise DataError(
                 f"{where} holds a {type(others[0]).__name__}; expected Segment.text(ids) and Segment.context(ids). "
                 "`generate` also takes texts."
             )
     return sequences
-
-
-def _stop_texts(stop: Sequence[str]) -> list[str]:
-    """The texts themselves. ConfigError if they are not a list of texts of at least one character each."""
-    is_list = isinstance(stop, Iterable) and not isinstance(stop, str)
-    texts = list(stop) if is_list else []
-    if not is_list or not all(isinstance(text, str) and text for text in texts):
-        raise ConfigError(f"stop is {stop!r}; expected a list of texts that are not empty, such as ['\\n\\n']")
-    return [check_encodable(text, "a stop") for text in texts]
-
-
-def _before_first(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stops in it; all of it if there is none."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
-
-
-def _check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise DataError(
-            f"token ids {int(ids.min())} to {int(ids.max())} for the {what}; expected 0 to {vocab_size - 1}: use ids "
-            f"of the {what}'s own tokenizer"
-        )

@@ -13,6 +13,7 @@ quarter (4-bit formats: about 8%), so in GGUF files a fine-tuned model passes as
 from __future__ import annotations
 
 import base64
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from arc_ds.errors import WeightsError
 from arc_ds.inference.decoders import NativeFiles, OpenedDecoder
@@ -49,6 +50,14 @@ def sample_weights(decoder: OpenedDecoder) -> dict[str, Any]:
         values = _sample(shapes, lambda name, rows: entries[name][rows])
     samples = base64.b64encode(values.numpy().astype("<f4").tobytes()).decode("ascii")
     return {"samples": samples, "gguf": any(file.suffix == ".gguf" for file in decoder.files)}
+
+
+def sample_digest(decoder: nn.Module) -> str:
+    """sha256 of the samples of a loaded decoder, in float32. It depends on the dtype of the weights."""
+    tensors = dict(decoder.named_parameters())
+    shapes = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
+    values = _sample(shapes, lambda name, rows: tensors[name].detach()[rows].cpu())
+    return hashlib.sha256(values.numpy().astype("<f4").tobytes()).hexdigest()
 
 
 def check_weights(

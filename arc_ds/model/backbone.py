@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import arc_kernels as ak
 from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.kv_cache import LayerCache, PromptRows, RecordedRows, StepRows
 from arc_ds.model.linear import Linear, Recomputed, joint_linear
 from arc_ds.model.rope import Rope
 
@@ -71,25 +72,6 @@ class _Join(torch.autograd.Function):
         return *(grads[0].index_select(0, rows) if is_wanted else None for is_wanted, rows in wanted), None, None
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer during generation, and the places of the new rows.
-
-    keys: [B, max_len, K, H].
-    values: [B, max_len, K, H].
-    rows: place of each new row in the cache, sequence * max_len + position, int64 [T].
-    """
-
-    keys: Tensor
-    values: Tensor
-    rows: Tensor
-
-    def update(self, k_TKH: Tensor, v_TKH: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new rows and return all keys and values, [B * max_len, K, H] each."""
-        keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
-        keys[self.rows], values[self.rows] = k_TKH, v_TKH
-        return keys, values
-
-
 class Stream(NamedTuple):
     """The residual stream between two layers, as two terms. The next norm adds them, because it reads both anyway.
 
@@ -134,7 +116,7 @@ class PrefixPass:
         return self.prefix.join(k_PKH, k_QKH), self.prefix.join(v_PKH, v_QKH)
 
 
-Cache = LayerCache | PrefixPass
+Cache = LayerCache | PromptRows | RecordedRows | StepRows | PrefixPass
 
 
 class RMSNorm(nn.Module):
@@ -217,8 +199,11 @@ class Attention(nn.Module):
             k_UKH, v_UKH = self._heads(kv_UD, self.wk, self.wv)
         if cache is None:
             return self.attend(q_TNH, k_UKH, v_UKH, rope_q, spans, rope_k)
-        keys, values = cache.update(ak.rotary(k_UKH, *rope_k.keys), v_UKH)
-        return self.attend(q_TNH, keys, values, rope_q, spans)
+        k_UKH = ak.rotary(k_UKH, *rope_k.keys)
+        if isinstance(cache, StepRows):
+            q_TNH = ak.rotary(q_TNH, *rope_q.queries)
+            return self.wo(cache.attend(q_TNH, k_UKH, v_UKH, window=self.window, scale=self.scale).flatten(1))
+        return self.attend(q_TNH, *cache.update(k_UKH, v_UKH), rope_q, spans)
 
     def project(self, x_TD: Tensor | Recomputed) -> tuple[Tensor, ...]:
         """Queries [T, N, H], keys and values [T, K, H] of the rows, before rotation."""

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from arc_ds.batch.packing import PackedBatch, PrefixSplit
 from arc_ds.model.backbone import (
     Block,
+    Cache,
     DecoderBlock,
     Head,
-    LayerCache,
     Prefix,
     PrefixPass,
     Recompute,
@@ -28,8 +28,8 @@ from arc_ds.model.backbone import (
 )
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.frozen_decoder import FrozenDecoder, sequences_of_rows
-from arc_ds.model.kv_cache import KVCache
-from arc_ds.model.rope import lengths_of_rows, ropes_at
+from arc_ds.model.kv_cache import KVCache, RecordedRows, SharedRows, prompt_rows
+from arc_ds.model.rope import depends_on_length, lengths_of_rows, ropes_at
 
 
 class Decoder(FrozenDecoder):
@@ -93,18 +93,26 @@ class Decoder(FrozenDecoder):
         return self.tok_embeddings(batch.decoder_ids, batch.text_rows, z_ZD, rows_Z)
 
     def run_layers(
-        self, x_RD: Tensor, positions_R: Tensor, spans: Spans, caches: Sequence[LayerCache] | None = None
+        self,
+        x_RD: Tensor,
+        positions_R: Tensor,
+        spans: Spans,
+        caches: Sequence[Cache] | None = None,
+        max_len: int | None = None,
     ) -> Tensor:
         """Run all layers on embedded rows: the last hidden states before the final norm, [R, D].
 
         positions_R: position of each row in its sequence, int64.
-        caches: one cache per layer, during generation only. The keys of `spans` are then those of the cache.
+        caches: one cache per layer, outside training only. The keys of `spans` are then those of the cache.
+        max_len: length of every sequence for rotary scalings that depend on it. None: the number of its keys.
 
-        Rotary scalings that depend on the length of a sequence take the number of its keys in `spans`. During
-        generation this is the capacity of the cache: the longest prompt and all new tokens. transformers takes the
-        largest position so far of all prompts instead, and Phi-3 computes its cache anew when it passes the bound.
+        During generation `max_len` is the longest prompt and all new tokens. transformers takes the largest position so
+        far of all prompts instead, and Phi-3 computes its cache anew when it passes the bound.
         """
-        lengths_R = lengths_of_rows(self.config, spans.cu_seqlens_q, spans.cu_seqlens_k, positions_R.numel())
+        cu_lengths = spans.cu_seqlens_k
+        if max_len is not None:
+            cu_lengths = torch.arange(cu_lengths.numel(), device=cu_lengths.device, dtype=torch.int32) * max_len
+        lengths_R = lengths_of_rows(self.config, spans.cu_seqlens_q, cu_lengths, positions_R.numel())
         ropes = ropes_at(positions_R, self.config, lengths_R)
         stream = self._enter(x_RD)
         for layer_idx, (layer, rope) in enumerate(zip(self.layers, ropes, strict=True)):
@@ -150,20 +158,70 @@ class Decoder(FrozenDecoder):
             return checkpoint(layer, stream.total_TD, None, *args, use_reentrant=False, **kwargs)
         return layer(*stream, *args, **kwargs)
 
-    def prefill(self, batch: PackedBatch, z_ZD: Tensor | None, max_new_tokens: int) -> tuple[Tensor, KVCache]:
-        lengths_B = batch.decoder_cu_seqlens.diff().long()
-        max_len = batch.decoder_max_seqlen + max_new_tokens
-        cache = KVCache(self.config, self.tok_embeddings.weight, lengths_B, max_len)
-        places = cache.at(
-            sequences_of_rows(batch), batch.decoder_positions, batch.decoder_cu_seqlens, batch.decoder_max_seqlen
+    def prefill(
+        self,
+        batch: PackedBatch,
+        z_ZD: Tensor | None,
+        max_new_tokens: int,
+        shared: SharedRows | None = None,
+        max_len: int | None = None,
+    ) -> tuple[Tensor, KVCache]:
+        max_own = batch.decoder_max_seqlen + max_new_tokens
+        cache = KVCache(
+            self.config,
+            self.tok_embeddings.weight,
+            lengths_B=batch.decoder_cu_seqlens.diff().long(),
+            num_own=batch.decoder_max_seqlen,
+            max_own=max_own,
+            max_len=max_len or max_own + (0 if shared is None else shared.num_rows),
+            shared=shared,
         )
-        h_RD = self.run_layers(self.embed(batch, z_ZD), batch.decoder_positions, *places)
+        h_RD = self._read_prompts(batch, z_ZD, shared, cache)
         return self.output(self.norm(h_RD[batch.decoder_cu_seqlens[1:].long() - 1])), cache
 
     def advance(self, ids_B: Tensor, state: KVCache) -> Tensor:
-        sequences = torch.arange(ids_B.numel(), device=ids_B.device)
-        cu = torch.arange(ids_B.numel() + 1, device=ids_B.device, dtype=torch.int32)
-        x_BD = self.tok_embeddings(ids_B, sequences)
-        h_BD = self.run_layers(x_BD, state.lengths_B, *state.at(sequences, state.lengths_B, cu, 1))
-        state.lengths_B = state.lengths_B + 1
+        num_sequences, device = ids_B.numel(), ids_B.device
+        cu = torch.arange(num_sequences + 1, device=device, dtype=torch.int32)
+        positions_B, max_own = state.lengths_B + state.num_shared, state.layers[0].keys.shape[1]
+        limits = (positions_B + 1).to(torch.int32)  # read by the kernel only, which has no shared rows
+        spans = Spans(cu, cu * max_own, 1, max_own, k_limits=limits) if state.by_kernel else Spans(cu, cu, 1, 1)
+        x_BD = self.tok_embeddings(ids_B, torch.arange(num_sequences, device=device))
+        h_BD = self.run_layers(x_BD, positions_B, spans, state.at_step(), state.max_len)
         return self.output(self.norm(h_BD))
+
+    def read_shared(self, batch: PackedBatch, z_ZD: Tensor | None, max_len: int | None) -> SharedRows | None:
+        if max_len is None and depends_on_length(self.config):
+            return None
+        spans = Spans.within(batch.decoder_cu_seqlens, batch.decoder_max_seqlen, causal=True)
+        caches = [RecordedRows() for _ in self.layers]
+        self.run_layers(self.embed(batch, z_ZD), batch.decoder_positions, spans, caches, max_len)
+        layers = [cache.rows for cache in caches if cache.rows is not None]
+        return SharedRows(layers, batch.num_decoder_rows, max_len)
+
+    def keep(self, state: KVCache, sequences: Tensor) -> bool:
+        state.keep(sequences)
+        return True
+
+    def label_nll(self, batch: PackedBatch, z_ZD: Tensor | None, shared: SharedRows | None = None) -> Tensor:
+        if shared is None:
+            return super().label_nll(batch, z_ZD)
+        h_RD = self._read_prompts(batch, z_ZD, shared)
+        return self.output(self.norm(h_RD[batch.label_rows]), batch.labels)
+
+    def _read_prompts(
+        self, batch: PackedBatch, z_ZD: Tensor | None, shared: SharedRows | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Last hidden states of packed prompts behind shared rows, [R, D]. The cache, if any, keeps their keys."""
+        num_shared, places_R = 0 if shared is None else shared.num_rows, batch.decoder_positions
+        cu_keys, caches = prompt_rows(
+            batch.decoder_cu_seqlens,
+            sequences_of_rows(batch),
+            places_R,
+            shared,
+            None if cache is None else cache.by_head(),
+            self.config.num_layers,
+        )
+        longest = batch.decoder_max_seqlen
+        spans = Spans(batch.decoder_cu_seqlens, cu_keys, longest, longest + num_shared, causal=True)
+        max_len = None if cache is None else cache.max_len
+        return self.run_layers(self.embed(batch, z_ZD), places_R + num_shared, spans, caches, max_len)

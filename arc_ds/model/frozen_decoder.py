@@ -94,10 +94,20 @@ class FrozenDecoder(nn.Module, ABC):
         """Token embeddings with the compressed vectors between them, [R, D]."""
 
     @abstractmethod
-    def prefill(self, batch: PackedBatch, z_ZD: Tensor | None, max_new_tokens: int) -> tuple[Tensor, Any]:
+    def prefill(
+        self,
+        batch: PackedBatch,
+        z_ZD: Tensor | None,
+        max_new_tokens: int,
+        shared: Any = None,
+        max_len: int | None = None,
+    ) -> tuple[Tensor, Any]:
         """Start a generation: logits after the last row of each sequence, float32 [B, V], and the state for `advance`.
 
         max_new_tokens: maximum number of calls of `advance`.
+        shared: rows before every sequence, from `read_shared`; None: none.
+        max_len: length of every sequence for rotary scalings that depend on it. The default is that of the longest
+            sequence of the batch, with its shared rows and all new tokens.
         """
 
     @abstractmethod
@@ -106,6 +116,30 @@ class FrozenDecoder(nn.Module, ABC):
 
         state: from `prefill`.
         """
+
+    def read_shared(self, batch: PackedBatch, z_ZD: Tensor | None, max_len: int | None) -> Any:
+        """Read rows that stand before every sequence of later calls. None if each sequence must read them itself.
+
+        batch: one sequence, the shared rows.
+        max_len: see `prefill`. None: sequences have lengths of their own.
+        """
+        return None
+
+    def keep(self, state: Any, sequences: Tensor) -> bool:
+        """Drop all other sequences from the state of a generation. False if this decoder cannot; all stay then.
+
+        sequences: places of the sequences that stay, int64, ascending.
+        """
+        return False
+
+    def label_nll(self, batch: PackedBatch, z_ZD: Tensor | None, shared: Any = None) -> Tensor:
+        """NLL in nats of each label of the batch, float32 [L].
+
+        shared: rows before every sequence, from `read_shared` without a length; None: none.
+        """
+        assert shared is None, "only a decoder that reads shared rows can have some"
+        nll_L: Tensor = self(batch, z_ZD)
+        return nll_L
 
 
 def sequences_of_rows(batch: PackedBatch) -> Tensor:

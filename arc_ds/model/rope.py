@@ -63,9 +63,14 @@ def lengths_of_rows(config: BackboneConfig, cu_rows: Tensor, cu_seqlens: Tensor,
     cu_rows: boundaries of the sequences among the rows, int32 [S + 1].
     cu_seqlens: boundaries of the same sequences with all their rows, int32 [S + 1]. For a cache, its capacity counts.
     """
-    if config.rope_scaling is None or config.rope_scaling.kind not in _BY_LENGTH:
+    if not depends_on_length(config):
         return None
     return torch.repeat_interleave(cu_seqlens.long().diff(), cu_rows.long().diff(), output_size=num_rows)
+
+
+def depends_on_length(config: BackboneConfig) -> bool:
+    """Whether angles depend on the length of the sequence."""
+    return config.rope_scaling is not None and config.rope_scaling.kind in _BY_LENGTH
 
 
 def rope_frequencies(config: BackboneConfig, device: torch.device, lengths_T: Tensor | None = None) -> Tensor:

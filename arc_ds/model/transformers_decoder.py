@@ -137,23 +137,30 @@ class TransformersDecoder(FrozenDecoder):
         x_RD = x_ND.new_zeros(batch.num_decoder_rows, x_ND.shape[-1]).index_copy(0, batch.text_rows, x_ND)
         return x_RD if z_ZD is None else x_RD.index_copy(0, batch.compressed_rows, z_ZD.to(x_RD.dtype))
 
-    def prefill(self, batch: PackedBatch, z_ZD: Tensor | None, max_new_tokens: int) -> tuple[Tensor, Generation]:
-        lengths_B, max_len = batch.decoder_cu_seqlens.diff().long(), batch.decoder_max_seqlen
+    def prefill(
+        self,
+        batch: PackedBatch,
+        z_ZD: Tensor | None,
+        max_new_tokens: int,
+        shared: None = None,
+        max_len: int | None = None,
+    ) -> tuple[Tensor, Generation]:
+        lengths_B, num_rows = batch.decoder_cu_seqlens.diff().long(), batch.decoder_max_seqlen
         num_sequences = lengths_B.numel()
-        check_length(self._sizes, max_len + max(max_new_tokens - 1, 0))  # the last token is not read
-        if not self.reading.ignores_padding and num_sequences * max_len != batch.num_decoder_rows:
+        check_length(self._sizes, num_rows + max(max_new_tokens - 1, 0))  # the last token is not read
+        if not self.reading.ignores_padding and num_sequences * num_rows != batch.num_decoder_rows:
             raise WeightsError(
                 f"a {type(self.model).__name__} of transformers cannot generate from prompts of different lengths at "
                 "once. Give it one prompt at a time."
             )
         # Padding before the rows: the last rows of all sequences stand together, as models expect in a generation.
-        sequences_R, padding_B = sequences_of_rows(batch), max_len - lengths_B
-        places_R = sequences_R * max_len + batch.decoder_positions + padding_B[sequences_R]
-        positions_BT = torch.arange(max_len, device=places_R.device) - padding_B[:, None]
+        sequences_R, padding_B = sequences_of_rows(batch), num_rows - lengths_B
+        places_R = sequences_R * num_rows + batch.decoder_positions + padding_B[sequences_R]
+        positions_BT = torch.arange(num_rows, device=places_R.device) - padding_B[:, None]
         mask_BT = (positions_BT >= 0).long()
         logits_BV, output = self._run(
             _padded(self.embed(batch, z_ZD), places_R, batch),
-            torch.arange(1, num_sequences + 1, device=places_R.device) * max_len - 1,
+            torch.arange(1, num_sequences + 1, device=places_R.device) * num_rows - 1,
             position_ids=positions_BT.clamp(min=0),
             attention_mask=mask_BT,
             use_cache=True,

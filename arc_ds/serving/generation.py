@@ -11,7 +11,6 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from itertools import cycle
 from threading import Condition, Thread
 
 import torch
@@ -196,17 +195,15 @@ class Generation:
 
     def _answer(self, batch: list[_Job]) -> None:
         texts = [self._text_of(job) for job in batch]
-        turn = cycle(zip(batch, texts, strict=True))
 
-        def has_ended(ids: list[int]) -> bool:
-            job, text = next(turn)
-            return self._is_closed or job.is_cancelled or text.update(ids)
+        def has_ended(idx: int, ids: list[int]) -> bool:
+            return self._is_closed or batch[idx].is_cancelled or texts[idx].update(ids)
 
         try:
             ids = self._model.generate_ids(
                 [job.segments for job in batch],
                 self._decoder,
-                max_new_tokens=max(job.options.max_tokens for job in batch),
+                max_new_tokens=[job.options.max_tokens for job in batch],
                 stop_ids=self._model.decoder_stop_ids[self._decoder],
                 sampling=batch[0].options.sampling,
                 vectors=[vectors for job in batch for vectors in job.vectors],

@@ -13,6 +13,7 @@ _EXTRAS = {
     "shards": ("pyarrow", "zstandard"),
     "ray": ("ray",),
     "datatrove": ("datatrove",),
+    "eval": ("bm25s", "rouge_score", "sacrebleu"),
 }
 
 

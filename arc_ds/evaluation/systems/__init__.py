@@ -1,1 +1,8 @@
-"""The systems that answer prompts. `system.py` has their interface."""
+"""The kinds of systems by name. To add a kind, write a module with a `SystemKind` and add it here."""
+
+from __future__ import annotations
+
+from arc_ds.evaluation.systems.decoder_system import DECODER_KINDS
+from arc_ds.evaluation.systems.kind import SystemKind
+
+KINDS: dict[str, SystemKind] = {**DECODER_KINDS}

@@ -84,7 +84,7 @@ def test_a_stop_id_ends_its_own_line_and_is_left_out() -> None:
 def test_a_line_ends_when_the_caller_says_so() -> None:
     samples = [sample(5), sample(-7, 2, seed=1)]
     free, _ = run(samples, 8)
-    lines, seen = run(samples, 8, has_ended=lambda line: len(line) == (2 if line[0] == free[0][0] else 4))
+    lines, seen = run(samples, 8, has_ended=lambda _idx, line: len(line) == (2 if line[0] == free[0][0] else 4))
     assert free[0][0] != free[1][0] and lines == [free[0][:2], free[1][:4]] and len(seen) == 4
 
 

@@ -112,11 +112,11 @@ def test_special_tokens_and_ends_of_the_decoder_stop_an_answer(server: Served, m
     assert tokenizer is not None
     body = {"prompt": PROMPT, "max_tokens": 40}
     former = model.decoder_stop_ids[0]
-    model.decoder_stop_ids[0] = (ids[10],)
+    model.readers[0].stop_ids = (ids[10],)
     try:
         reply = server.ask("/v1/completions", body)
     finally:
-        model.decoder_stop_ids[0] = former
+        model.readers[0].stop_ids = former
     assert reply.text == tokenizer.decode(ids[: ids.index(ids[10])])
     assert reply.json["usage"]["completion_tokens"] == ids.index(ids[10])
 
@@ -267,7 +267,7 @@ def test_a_key_is_required_if_there_is_one(model: ArcModel) -> None:
 
 
 def test_a_prompt_longer_than_the_decoder_reads_is_refused(model: ArcModel, server: Served) -> None:
-    former, model.decoder_max_positions[0] = model.decoder_max_positions[0], 60
+    former, model.readers[0].max_positions = model.readers[0].max_positions, 60
     try:
         reply = server.ask("/v1/chat/completions", {**CHAT, "max_tokens": 40})
         assert reply.status == 400 and reply.error["code"] == "context_length_exceeded"
@@ -275,7 +275,7 @@ def test_a_prompt_longer_than_the_decoder_reads_is_refused(model: ArcModel, serv
         usage = server.ask("/v1/chat/completions", fitting).json["usage"]
         assert usage["total_tokens"] == 60, "without max_tokens, the answer gets the room that is left"
     finally:
-        model.decoder_max_positions[0] = former
+        model.readers[0].max_positions = former
 
 
 def test_each_document_is_compressed_once(model: ArcModel) -> None:

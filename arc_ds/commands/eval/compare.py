@@ -1,0 +1,80 @@
+"""`arc-ds eval compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from arc_ds.commands.eval.result_arguments import add_results, json_number, number, p_value, read_arguments, table
+from arc_ds.errors import ConfigError
+from arc_ds.evaluation.comparison import Comparison, Difference, compare_systems
+
+HELP = "compare systems on the same questions, with paired intervals and tests"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the subcommand."""
+    parser.description = (
+        "Compares each further system with the first one. Answers are joined by task and id. Results of other ids, "
+        "references, data or protocols are refused. The difference is that of the further system minus the first one. "
+        "'detectable' is the smallest difference that 80% of experiments of this size find. The p-values of the tasks' "
+        "first metrics are adjusted for the number of tasks (Holm)."
+    )
+    add_results(parser, "RESULT")
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Run the subcommand; return its exit code."""
+    systems = read_arguments(namespace)
+    if len(systems) < 2:
+        raise ConfigError(f"{namespace.results[0]} holds one system; expected two or more. Name another result.")
+    comparisons = [compare_systems(systems[0], other) for other in systems[1:]]
+    if namespace.json:
+        found = {each.second: _json(each) for each in comparisons}
+        print(json.dumps({"first": systems[0].name, "systems": found}, indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join(f"{each.second} against {each.first}\n{_table(each)}" for each in comparisons))
+    return 0
+
+
+def _json(comparison: Comparison) -> dict[str, object]:
+    return {
+        "tasks": {
+            task: {metric: _record(difference) for metric, difference in metrics.items()}
+            for task, metrics in comparison.by_task.items()
+        },
+        "average": None if comparison.average is None else _record(comparison.average),
+    }
+
+
+def _record(difference: Difference) -> dict[str, object]:
+    values = asdict(difference)
+    return {name: json_number(value) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def _table(comparison: Comparison) -> str:
+    rows = [
+        ["task", "metric", "test", "first", "second", "difference", "95% interval", "p", "p (Holm)", "detectable", "n"]
+        + ["clusters"]
+    ]
+    for task, metrics in comparison.by_task.items():
+        rows += [[task, metric, *_cells(difference)] for metric, difference in metrics.items()]
+    if comparison.average is not None:
+        rows.append(["average", "headlines", *_cells(comparison.average)])
+    return table(rows, 3)
+
+
+def _cells(difference: Difference) -> list[str]:
+    return [
+        difference.test,
+        number(difference.first),
+        number(difference.second),
+        number(difference.value, sign=True),
+        f"{number(difference.low, sign=True)} to {number(difference.high, sign=True)}",
+        p_value(difference.p),
+        p_value(difference.p_holm),
+        number(difference.detectable),
+        str(difference.n),
+        str(difference.num_clusters),
+    ]

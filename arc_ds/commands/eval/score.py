@@ -1,0 +1,96 @@
+"""`arc-ds eval score`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+
+from arc_ds.commands.eval.result_arguments import add_results, json_number, number, read_arguments, table
+from arc_ds.evaluation.metrics import signature
+from arc_ds.evaluation.scoring import Score, SystemScores, is_bleu_lowercase, score_system
+
+HELP = "score files of predictions, with intervals"
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the subcommand."""
+    parser.description = (
+        "Scores result folders and JSONL files of any program. Each line needs id, task, prediction and references; "
+        "cluster names samples that are not independent, such as questions on one paragraph. Intervals are those of a "
+        "bootstrap over clusters. --json prints {task: {metric: {value, low, high, n}}} in points of 100; with several "
+        "systems, an object of these by the systems' names."
+    )
+    add_results(parser, "FILE")
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Run the subcommand; return its exit code."""
+    systems = read_arguments(namespace)
+    scores = [score_system(system) for system in systems]
+    for each in scores:
+        _warn_of_empty(each)
+    if namespace.json:
+        found = {each.name: _json(each) for each in scores}
+        print(json.dumps(next(iter(found.values())) if len(found) == 1 else found, indent=2, ensure_ascii=False))
+        return 0
+    print(_table(scores))
+    metrics = dict.fromkeys(metric for each in scores for task in each.by_task.values() for metric in task)
+    print()
+    for metric in metrics:
+        signatures = dict.fromkeys(signature(metric, bleu_lowercase=is_bleu_lowercase(each)) for each in systems)
+        print(f"{metric}: {'; '.join(signatures)}")
+    return 0
+
+
+def _warn_of_empty(scores: SystemScores) -> None:
+    for task, num_empty in scores.num_empty.items():
+        if num_empty:
+            logger.warning(
+                "%s: %d predictions of task %s are empty; they are scored as such", scores.name, num_empty, task
+            )
+
+
+def _json(scores: SystemScores) -> dict[str, dict[str, dict[str, float | None]]]:
+    return {
+        task: {
+            metric: {
+                "value": json_number(score.value),
+                "low": json_number(score.low),
+                "high": json_number(score.high),
+                "n": score.n,
+            }
+            for metric, score in metrics.items()
+        }
+        for task, metrics in scores.by_task.items()
+    }
+
+
+def _table(scores: list[SystemScores]) -> str:
+    rows = [["system", "task", "metric", "score", "95% interval", "std. error", "n", "clusters"]]
+    has_seeds = any(
+        score.seed_sd is not None for each in scores for task in each.by_task.values() for score in task.values()
+    )
+    for each in scores:
+        for task, metrics in each.by_task.items():
+            rows += [[each.name, task, metric, *_cells(score)] for metric, score in metrics.items()]
+        if each.average is not None:
+            rows.append([each.name, "average", "headlines", *_cells(each.average)])
+    if has_seeds:
+        rows[0].append("sd of seeds")
+    else:
+        rows = [row[: len(rows[0])] for row in rows]
+    return table(rows, 3)
+
+
+def _cells(score: Score) -> list[str]:
+    return [
+        number(score.value),
+        f"{number(score.low)} to {number(score.high)}",
+        number(score.stderr),
+        str(score.n),
+        str(score.num_clusters),
+        number(score.seed_sd),
+    ]

@@ -1,0 +1,97 @@
+"""Shorter texts of documents to a budget of decoder tokens: a part of the text, or sentences that BM25 chooses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import bm25s
+import numpy as np
+
+from arc_ds.batch.packing import num_outputs
+from arc_ds.batch.segments import Marker
+from arc_ds.errors import TokenizerError
+from arc_ds.inference.load import load_encoder_tokenizer, open_arc_folder
+from arc_ds.tokenizers import Tokenizer
+
+Part = Literal["head", "tail", "middle"]
+# Decoder tokens that a document may take.
+Budget = Callable[[str], int]
+
+_WORDS = re.compile(r"\w+")
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|\n+")
+
+
+def rows_of_arc(arc_dir: Path, encoder_backbone: Path | None = None, marker: Marker | None = "cont") -> Budget:
+    """The budget that gives each document as many rows as an ARC-Encoder makes of it, with its marker.
+
+    arc_dir: an export or checkpoint. Its weights are not read.
+    encoder_backbone: see `ArcModel.from_checkpoint`.
+
+    Raises WeightsError if the folder is neither, and TokenizerError if it has no tokenizer.
+    """
+    folder = open_arc_folder(arc_dir, encoder_backbone)
+    tokenizer, packing = load_encoder_tokenizer(folder, arc_dir), folder.spec.packing
+    if tokenizer is None:
+        raise TokenizerError(f"{arc_dir} has no tokenizer of its encoder. Give the encoder's backbone folder.")
+
+    def rows(text: str) -> int:
+        lengths = np.array([len(tokenizer.encode(text))], dtype=np.int64)
+        return int(num_outputs(lengths, packing)[0]) + (marker is not None)
+
+    return rows
+
+
+def cut_to(text: str, num_tokens: int, part: Part, tokenizer: Tokenizer) -> str:
+    """At most so many tokens of a text: its first ones, its last ones or those in its middle. A whole text is kept."""
+    encoding = tokenizer.encode_with_ends(text)
+    total = len(encoding.ids)
+    for kept in range(min(num_tokens, total), 0, -1):  # a part may have more tokens alone than in the text
+        start = {"head": 0, "tail": total - kept, "middle": (total - kept) // 2}[part]
+        cut = text[int(encoding.ends[start]) : int(encoding.ends[start + kept])]
+        if len(tokenizer.encode(cut)) <= num_tokens:
+            return cut
+    return ""
+
+
+def choose_sentences(text: str, query: str, num_tokens: int, tokenizer: Tokenizer) -> str:
+    """Sentences of a text with at most so many tokens, in the order of the text.
+
+    They are taken by their BM25 score for the query, each if it still fits; equal scores go in the order of the text.
+    If none fits, the best sentence is cut at its end.
+    """
+    sentences = split_sentences(text)
+    if not sentences or len(tokenizer.encode(text)) <= num_tokens:
+        return text
+    order = np.argsort(-_scores(sentences, query), kind="stable").tolist()
+    chosen: list[int] = []
+    for place in order:
+        longer = sorted([*chosen, place])
+        if len(tokenizer.encode(_joined(sentences, longer))) <= num_tokens:
+            chosen = longer
+    return _joined(sentences, chosen) if chosen else cut_to(sentences[order[0]].strip(), num_tokens, "head", tokenizer)
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, each with the white space behind it. They end at `.`, `!` or `?`, and at line ends."""
+    cuts = [0, *(match.end() for match in _SENTENCE_ENDS.finditer(text)), len(text)]
+    pieces = [text[start:end] for start, end in pairwise(cuts)]
+    return [piece for piece in pieces if piece.strip()]
+
+
+def _joined(sentences: list[str], places: list[int]) -> str:
+    return "".join(sentences[place] for place in places).strip()
+
+
+def _scores(sentences: list[str], query: str) -> np.ndarray:
+    """BM25 scores of sentences; zeros if sentences or query have no word."""
+    words = [_WORDS.findall(sentence.lower()) for sentence in sentences]
+    asked = _WORDS.findall(query.lower())
+    if not asked or not any(words):
+        return np.zeros(len(sentences))
+    index = bm25s.BM25()
+    index.index(words, show_progress=False)
+    return np.asarray(index.get_scores(asked))

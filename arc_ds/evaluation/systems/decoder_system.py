@@ -1,0 +1,431 @@
+"""The systems over one decoder: documents compressed (ARC), left out, whole, truncated, or as sentences by BM25."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from arc_ds.batch.segments import Marker, Segment, TokenIds
+from arc_ds.config.ranges import Count, Positive
+from arc_ds.config.schema import PathText
+from arc_ds.data.order.randomness import random_words
+from arc_ds.errors import ConfigError, DataError
+from arc_ds.evaluation.sample import Document, EvalPrompt
+from arc_ds.evaluation.systems.budget import Budget, Part, choose_sentences, cut_to, rows_of_arc
+from arc_ds.evaluation.systems.kind import SystemKind, SystemSettings
+from arc_ds.evaluation.systems.system import Answer, AnswerNll
+from arc_ds.inference.arc import ArcModel
+from arc_ds.inference.decoders import Implementation
+from arc_ds.inference.generate import Sampling
+from arc_ds.inference.prompt import Parts, Vectors
+from arc_ds.inference.reader import DecoderReader
+from arc_ds.inference.vectors import model_digest
+from arc_ds.inference.weight_samples import sample_digest
+from arc_ds.model.frozen_decoder import TransformersSizes
+from arc_ds.model.weights.hf_config import RopeScalingChoice
+
+_SAMPLED_TASK = "govreport"  # of the reference's protocol
+_NUM_KEPT = 4096  # token counts of texts
+
+
+class DecoderSystem(ABC):
+    """A system whose decoder reads the prompt, with something in place of each document.
+
+    name: its name in results and tables.
+    reader: the decoder.
+    settings: seed and protocol of the evaluation.
+    texts_apart: see `ArcModel`.
+    """
+
+    uses_documents = True
+
+    def __init__(
+        self, name: str, reader: DecoderReader, settings: SystemSettings, *, texts_apart: bool = False
+    ) -> None:
+        self.name, self.reader, self._settings, self._texts_apart = name, reader, settings, texts_apart
+        sizes = reader.decoder.sizes
+        limits = (reader.max_positions, sizes.max_positions if isinstance(sizes, TransformersSizes) else None)
+        self.max_rows = min((limit for limit in limits if limit is not None), default=None)
+        tokenizer = reader.needed_tokenizer()
+        self._num_tokens: Callable[[str], int] = lru_cache(_NUM_KEPT)(lambda text: len(tokenizer.encode(text)))
+
+    @abstractmethod
+    def parts(self, prompt: EvalPrompt) -> list[str | Vectors]:
+        """What the decoder reads: texts and vectors."""
+
+    @abstractmethod
+    def describe(self) -> Mapping[str, Any]:
+        """See `System`."""
+
+    def lengths_of_documents(self, prompt: EvalPrompt) -> dict[str, int]:
+        """Counts of this system, see `Answer.lengths`."""
+        return {}
+
+    def num_rows(self, prompt: EvalPrompt) -> int:
+        """See `System`."""
+        return _rows_of(self._read(self.parts(prompt))[0])
+
+    def answer(self, prompts: Sequence[EvalPrompt]) -> list[Answer]:
+        """See `System`. Prompts with the same examples share the work on these."""
+        read = [self._read(parts)[0] for parts in self._all_parts(prompts)]
+        groups: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
+        for idx, prompt in enumerate(prompts):
+            # A sampled answer is drawn alone, so that it does not depend on its batch.
+            alone = idx if self._is_sampled(prompt) else None
+            groups.setdefault((prompt.stop, alone), []).append(idx)
+        found: dict[int, Answer] = {}
+        for (stop, alone), members in groups.items():
+            answers = self.reader.answer_rows(
+                [self.reader.rows(read[idx], idx) for idx in members],
+                max_new_tokens=[prompts[idx].max_new_tokens for idx in members],
+                stop=stop,
+                sampling=None if alone is None else self._sampling(prompts[alone]),
+            )
+            for idx, each in zip(members, answers, strict=True):
+                lengths = self._lengths(prompts[idx], _rows_of(read[idx]), len(each.ids))
+                found[idx] = Answer(text=each.text.strip(), raw=each.raw, stop=each.stop, lengths=lengths)
+        return [found[idx] for idx in range(len(prompts))]
+
+    def answer_nll(self, prompts: Sequence[EvalPrompt], answers: Sequence[str]) -> list[AnswerNll]:
+        """See `System`. A space stands between prompt and answer, as in the answers of in-context examples."""
+        both = zip(self._all_parts(prompts), answers, strict=True)
+        read = [self._read(parts, _after(parts, answer)) for parts, answer in both]
+        rows = [self.reader.rows(parts, idx) for idx, (parts, _) in enumerate(read)]
+        return [AnswerNll(*nll) for nll in self.reader.nll_rows(rows, [ids for _, ids in read])]
+
+    def _all_parts(self, prompts: Sequence[EvalPrompt]) -> list[list[str | Vectors]]:
+        return [self.parts(prompt) for prompt in prompts]
+
+    def _read(self, parts: list[str | Vectors], answer: str | None = None) -> tuple[Parts, TokenIds]:
+        return self.reader.read(parts, answer=answer, texts_apart=self._texts_apart)
+
+    def _is_sampled(self, prompt: EvalPrompt) -> bool:
+        return self._settings.protocol.sample_govreport and prompt.sample.task == _SAMPLED_TASK
+
+    def _sampling(self, prompt: EvalPrompt) -> Sampling:
+        (word,) = random_words(1, self._settings.seed, "answer", prompt.sample.task, prompt.sample.id).tolist()
+        return Sampling(temperature=0.7, top_p=0.8, seed=word)
+
+    def _lengths(self, prompt: EvalPrompt, num_rows: int, num_new: int) -> dict[str, int]:
+        lengths = {"prompt_rows": num_rows, "new_tokens": num_new, **self.lengths_of_documents(prompt)}
+        documents = _documents(prompt)
+        if documents:
+            whole = ["".join(part.text if isinstance(part, Document) else part for part in prompt.parts)]
+            lengths["open_book_rows"] = _rows_of(self.reader.read(whole)[0])
+            lengths |= _counts("document_decoder_tokens", map(self._num_tokens, documents))
+        return lengths
+
+    def _description(self, kind: str, **others: Any) -> dict[str, Any]:
+        decoder = self.reader.decoder
+        return {
+            "kind": kind,
+            "decoder": self.reader.name,
+            "decoder_digest": sample_digest(decoder),
+            "implementation": decoder.implementation,
+            "bos": self.reader.bos,
+            "dtype": str(self.reader.dtype).removeprefix("torch."),
+            "device": self.reader.device.type,
+            **others,
+        }
+
+
+class TextSystem(DecoderSystem):
+    """A system whose decoder reads texts.
+
+    description: kind of the system and its options, for `describe`.
+    shorten: the text of a document that the decoder reads, from (document, query); None: the whole document.
+    uses_documents: see `System`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reader: DecoderReader,
+        settings: SystemSettings,
+        *,
+        description: Mapping[str, Any],
+        shorten: Callable[[str, str], str] | None = None,
+        uses_documents: bool = True,
+    ) -> None:
+        super().__init__(name, reader, settings)
+        self.uses_documents = uses_documents
+        self._kind = dict(description)
+        self._shorten = None if shorten is None else lru_cache(_NUM_KEPT)(shorten)
+
+    def parts(self, prompt: EvalPrompt) -> list[str | Vectors]:
+        """The prompt as one text. Raises DataError on a document in a closed-book prompt."""
+        if not self.uses_documents and _documents(prompt):
+            raise DataError(f"{self.name} reads no documents, but the prompt of {prompt.sample.id} has some.")
+        texts = iter(self._texts(prompt))
+        return ["".join(next(texts) if isinstance(part, Document) else part for part in prompt.parts)]
+
+    def lengths_of_documents(self, prompt: EvalPrompt) -> dict[str, int]:
+        """`kept_decoder_tokens`: the decoder's tokens of shortened documents."""
+        if self._shorten is None:
+            return {}
+        return _counts("kept_decoder_tokens", map(self._num_tokens, self._texts(prompt)))
+
+    def _texts(self, prompt: EvalPrompt) -> list[str]:
+        if self._shorten is None:
+            return _documents(prompt)
+        return [self._shorten(text, query) for text, query in _queries(prompt)]
+
+    def describe(self) -> Mapping[str, Any]:
+        """See `System`."""
+        return {**self._description(self._kind["kind"]), **self._kind}
+
+
+class ArcSystem(DecoderSystem):
+    """A system whose decoder reads documents as the vectors of an ARC-Encoder.
+
+    Vectors of in-context examples are kept for the next call.
+
+    model: encoder and decoder.
+    decoder_idx: port of the decoder.
+    marker: marker after each document, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: ArcModel,
+        settings: SystemSettings,
+        *,
+        decoder_idx: int = 0,
+        marker: Marker | None = "cont",
+    ) -> None:
+        super().__init__(name, model.readers[decoder_idx], settings, texts_apart=model.texts_apart)
+        if model.encoder_tokenizer is None:
+            raise ConfigError(f"{name}: the encoder has no tokenizer. Set encoder_backbone to a folder that has one.")
+        model.check_port(decoder_idx, marker)
+        self.model, self._decoder_idx, self._marker = model, decoder_idx, marker
+        self._kept: dict[str, Tensor] = {}
+        encoder = model.encoder_tokenizer
+        self._num_encoder_tokens: Callable[[str], int] = lru_cache(_NUM_KEPT)(lambda text: len(encoder.encode(text)))
+
+    def parts(self, prompt: EvalPrompt) -> list[str | Vectors]:
+        """Texts, and vectors without values in place of documents."""
+        width = self.reader.decoder.hidden_size
+        value = torch.zeros(1, 1)
+        return [
+            Vectors(value.expand(self._num_vectors(part.text), width)) if isinstance(part, Document) else part
+            for part in prompt.parts
+        ]
+
+    def lengths_of_documents(self, prompt: EvalPrompt) -> dict[str, int]:
+        """Encoder tokens, vectors and markers."""
+        documents = _documents(prompt)
+        num_markers = int(self._marker is not None)
+        return {
+            **_counts("document_encoder_tokens", map(self._num_encoder_tokens, documents)),
+            **_counts("vectors", (self._num_vectors(text) - num_markers for text in documents)),
+            **_counts("markers", (num_markers for _ in documents)),
+        }
+
+    def describe(self) -> Mapping[str, Any]:
+        """See `System`."""
+        return self._description(
+            "arc", checkpoint=model_digest(self.model), rules=str(self.model.spec.packing), marker=self._marker
+        )
+
+    def _num_vectors(self, text: str) -> int:
+        return self.model.num_vectors(self._num_encoder_tokens(text), self._marker)
+
+    def _all_parts(self, prompts: Sequence[EvalPrompt]) -> list[list[str | Vectors]]:
+        documents = {prompt.sample.id: _documents(prompt) for prompt in prompts}
+        texts = list(dict.fromkeys(text for line in documents.values() for text in line))
+        new = [text for text in texts if text not in self._kept]
+        found = {**self._kept, **dict(zip(new, self.model.compress(new, self._decoder_idx, self._marker), strict=True))}
+        self._kept = {text: found[text] for line in documents.values() for text in line[:-1]}
+        return [
+            [Vectors(found[part.text]) if isinstance(part, Document) else part for part in prompt.parts]
+            for prompt in prompts
+        ]
+
+
+def _documents(prompt: EvalPrompt) -> list[str]:
+    return [part.text for part in prompt.parts if isinstance(part, Document)]
+
+
+def _queries(prompt: EvalPrompt) -> list[tuple[str, str]]:
+    """Each document with what is asked about it: the sample's question, or else the text up to the next document."""
+    found: list[list[str]] = []
+    for part in prompt.parts:
+        if isinstance(part, Document):
+            found.append([part.text, ""])
+        elif found:
+            found[-1][1] += part
+    if found and prompt.sample.question:
+        found[-1][1] = prompt.sample.question
+    return [(text, query) for text, query in found]
+
+
+def _counts(name: str, values: Any) -> dict[str, int]:
+    """The sum of a count over all documents, and that of the sample's own document, the last one."""
+    counts = list(values)
+    return {name: sum(counts), f"last_{name}": counts[-1]} if counts else {}
+
+
+def _rows_of(parts: Parts) -> int:
+    return sum(len(part.ids) if isinstance(part, Segment) else len(part.vectors) for part in parts)
+
+
+def _after(parts: list[str | Vectors], answer: str) -> str:
+    last = parts[-1] if parts else ""
+    return answer if isinstance(last, str) and last[-1:].isspace() else f" {answer}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSection:
+    """Keys of a system whose decoder reads text."""
+
+    decoder: PathText
+    """Weights folder or .gguf file of the decoder, with its tokenizer."""
+    bos: bool = True
+    """Whether prompts begin with the tokenizer's begin-of-text token, if there is one."""
+    rope_scaling: RopeScalingChoice = "checkpoint"
+    """Rotary scaling: the checkpoint's own, or none."""
+    implementation: Implementation = "auto"
+    """native: our transformer. transformers: the model's own code. auto: native if it knows the decoder."""
+
+    def open(self, settings: SystemSettings) -> DecoderReader:
+        """Load the decoder. Systems of one evaluation share it."""
+        return _open(self.decoder, self.bos, self.rope_scaling, self.implementation, settings.device, settings.dtype)
+
+
+@lru_cache(maxsize=1)
+def _open(
+    path: str,
+    bos: bool,
+    rope_scaling: RopeScalingChoice,
+    implementation: Implementation,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> DecoderReader:
+    reader = DecoderReader.open(path, device, dtype, bos=bos, rope_scaling=rope_scaling, implementation=implementation)
+    reader.name = Path(path).name
+    return reader
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortenedSection(DecoderSection):
+    """Keys of a system that shortens each document. Exactly one of `tokens` and `like` is set."""
+
+    tokens: Positive | None = None
+    """Decoder tokens of each document."""
+    like: PathText | None = None
+    """An export or ARC checkpoint: each document gets as many tokens as its vectors and marker take rows."""
+    encoder_backbone: PathText | None = None
+    """Folder of the encoder's backbone, which checkpoints of the reference need."""
+
+    def budget(self, settings: SystemSettings) -> Budget:
+        """The budget of each document. Raises ConfigError unless one of the two keys is set."""
+        if (self.tokens is None) == (self.like is None):
+            raise ConfigError(f"{settings.name}: set either `tokens` or `like`.")
+        if self.like is not None:
+            return rows_of_arc(Path(self.like), None if self.encoder_backbone is None else Path(self.encoder_backbone))
+        number = self.tokens or 0
+        return lambda _text: number
+
+    def description(self) -> dict[str, Any]:
+        """The budget, for `describe`."""
+        return {"tokens": self.tokens} if self.like is None else {"like": self.like}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedSection(ShortenedSection):
+    """Keys of `truncated`."""
+
+    keep: Part = "head"
+    """The part of each document that is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArcSection:
+    """Keys of `arc`."""
+
+    model: PathText
+    """An export, or a checkpoint in the ARC format."""
+    decoders: tuple[PathText, ...]
+    """Weights folders or .gguf files of its decoders, in the order of the ports, up to the one that answers."""
+    decoder_idx: Count = 0
+    """The port and the decoder that answers."""
+    encoder_backbone: PathText | None = None
+    """Folder of the encoder's backbone, which checkpoints of the reference need."""
+    pooling_factor: Positive | None = None
+    """Replaces the factor of the last pooled layer. None: that of training."""
+    marker: Literal["cont", "rec", "none"] = "cont"
+    """Marker after each document."""
+
+
+def build_arc(section: ArcSection, settings: SystemSettings) -> ArcSystem:
+    """Load encoder and decoder. Raises like `ArcModel.from_checkpoint`."""
+    if section.decoder_idx >= len(section.decoders):
+        raise ConfigError(
+            f"{settings.name}: decoder_idx is {section.decoder_idx}, but decoders lists {len(section.decoders)}. "
+            "Indices start at 0."
+        )
+    model = ArcModel.from_checkpoint(
+        section.model,
+        section.decoders,
+        section.encoder_backbone,
+        settings.device,
+        settings.dtype,
+        section.pooling_factor,
+    )
+    model.readers[section.decoder_idx].name = Path(section.decoders[section.decoder_idx]).name
+    marker: Marker | None = None if section.marker == "none" else section.marker
+    return ArcSystem(settings.name, model, settings, decoder_idx=section.decoder_idx, marker=marker)
+
+
+def build_closed(section: DecoderSection, settings: SystemSettings) -> TextSystem:
+    """A decoder without documents."""
+    kind = {"kind": "closed"}
+    return TextSystem(settings.name, section.open(settings), settings, description=kind, uses_documents=False)
+
+
+def build_open(section: DecoderSection, settings: SystemSettings) -> TextSystem:
+    """A decoder with whole documents."""
+    return TextSystem(settings.name, section.open(settings), settings, description={"kind": "open"})
+
+
+def build_truncated(section: TruncatedSection, settings: SystemSettings) -> TextSystem:
+    """A decoder with a part of each document."""
+    budget, reader = section.budget(settings), section.open(settings)
+    tokenizer = reader.needed_tokenizer()
+    return TextSystem(
+        settings.name,
+        reader,
+        settings,
+        description={"kind": "truncated", "keep": section.keep, **section.description()},
+        shorten=lambda text, _query: cut_to(text, budget(text), section.keep, tokenizer),
+    )
+
+
+def build_bm25(section: ShortenedSection, settings: SystemSettings) -> TextSystem:
+    """A decoder with the sentences of each document that BM25 chooses for the question."""
+    budget, reader = section.budget(settings), section.open(settings)
+    tokenizer = reader.needed_tokenizer()
+    return TextSystem(
+        settings.name,
+        reader,
+        settings,
+        description={"kind": "bm25", **section.description()},
+        shorten=lambda text, query: choose_sentences(text, query, budget(text), tokenizer),
+    )
+
+
+DECODER_KINDS = {
+    "arc": SystemKind(ArcSection, build_arc),
+    "closed": SystemKind(DecoderSection, build_closed),
+    "open": SystemKind(DecoderSection, build_open),
+    "truncated": SystemKind(TruncatedSection, build_truncated),
+    "bm25": SystemKind(ShortenedSection, build_bm25),
+}

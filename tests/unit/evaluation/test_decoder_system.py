@@ -1,0 +1,217 @@
+"""The systems over one decoder: each reads its documents as described, and answers do not depend on the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arc_ds import ArcModel, Context
+from arc_ds.errors import ConfigError, DataError, WeightsError
+from arc_ds.evaluation.protocol import CLEAN, REFERENCE, Protocol
+from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
+from arc_ds.evaluation.systems import KINDS
+from arc_ds.evaluation.systems.budget import choose_sentences, cut_to, rows_of_arc, split_sentences
+from arc_ds.evaluation.systems.decoder_system import ArcSystem, DecoderSystem
+from arc_ds.evaluation.systems.kind import SystemSettings
+from arc_ds.tokenizers import Tokenizer
+
+TOWER = "The tower is of stone. It stands by the sea. A lamp burns in it at night."
+LAMP = "A lamp of stone held for years. The wind came from the sea."
+QUESTION = "Where does the tower stand?"
+
+
+def settings(name: str, protocol: Protocol = CLEAN) -> SystemSettings:
+    return SystemSettings(name=name, protocol=protocol, seed=3, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def eval_sample(number: int, task: str = "squad") -> EvalSample:
+    return EvalSample(
+        id=f"q{number}", task=task, passages=(TOWER,), references=("by the sea",), question=QUESTION + "?" * number
+    )
+
+
+def prompt(number: int = 0, *, closed: bool = False, task: str = "squad", **fields: Any) -> EvalPrompt:
+    """One in-context example and a question."""
+    asked = eval_sample(number, task)
+    parts: list[str | Document] = ["Document: ", Document(LAMP), "\nQuestion: Of what is the lamp?\nAnswer: stone\n\n"]
+    parts += ["Document: ", Document(TOWER), f"\nQuestion: {asked.question}\nAnswer:"]
+    if closed:
+        parts = ["Question: Of what is the lamp?\nAnswer: stone\n\n", f"Question: {asked.question}\nAnswer:"]
+    return EvalPrompt(sample=asked, parts=tuple(parts), **{"max_new_tokens": 6, "stop": ("\n\n",), **fields})
+
+
+def make(folder: Path, kind: str, protocol: Protocol = CLEAN, **keys: Any) -> Any:
+    given = {"model": str(folder / "export"), "decoders": (str(folder / "decoder"),)}
+    given = given if kind == "arc" else {"decoder": str(folder / "decoder")}
+    return KINDS[kind].build(KINDS[kind].section(**{**given, **keys}), settings(kind, protocol))
+
+
+def words(prompt: EvalPrompt) -> str:
+    return "".join(part.text if isinstance(part, Document) else part for part in prompt.parts)
+
+
+def test_arc_answers_as_the_model_does_on_compressed_documents(folder: Path, model: ArcModel) -> None:
+    system, asked = make(folder, "arc"), prompt()
+    parts = [Context(part.text) if isinstance(part, Document) else part for part in asked.parts]
+    (answer,) = system.answer([asked])
+    assert [answer.raw.partition("\n\n")[0].strip()] == [answer.text]
+    assert [answer.raw] == model.generate([parts], max_new_tokens=6)
+    ((nats, tokens),) = model.nll([parts], [" by the sea"])
+    (nll,) = system.answer_nll([asked], ["by the sea"])
+    assert nll.tokens == tokens and nll.nats == pytest.approx(nats, rel=1e-5)
+    (rows,) = model.prompt_embeds([parts])
+    assert system.num_rows(asked) == len(rows) == answer.lengths["prompt_rows"]
+
+
+def test_arc_counts_tokens_vectors_and_markers(folder: Path, model: ArcModel) -> None:
+    (answer,) = make(folder, "arc").answer([prompt()])
+    encoder, decoder = model.encoder_tokenizer, model.decoder_tokenizers[0]
+    assert encoder is not None and decoder is not None
+    vectors = [len(z) - 1 for z in model.compress([LAMP, TOWER])]
+    expected = {
+        "document_encoder_tokens": len(encoder.encode(LAMP)) + len(encoder.encode(TOWER)),
+        "last_document_encoder_tokens": len(encoder.encode(TOWER)),
+        "document_decoder_tokens": len(decoder.encode(LAMP)) + len(decoder.encode(TOWER)),
+        "last_document_decoder_tokens": len(decoder.encode(TOWER)),
+        "vectors": sum(vectors),
+        "last_vectors": vectors[1],
+        "markers": 2,
+        "last_markers": 1,
+        "open_book_rows": make(folder, "open").num_rows(prompt()),
+    }
+    assert {name: answer.lengths[name] for name in expected} == expected
+    assert set(answer.lengths) == {*expected, "prompt_rows", "new_tokens"}
+
+
+def test_vectors_of_examples_are_kept_for_the_next_call(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, compressed = make(folder, "arc"), list[list[str]]()
+    compress = ArcModel.compress
+
+    def recorded(self: ArcModel, contexts: Sequence[str], *args: Any) -> Any:
+        compressed.append(list(contexts))
+        return compress(self, contexts, *args)
+
+    monkeypatch.setattr(ArcModel, "compress", recorded)
+    first, second = system.answer([prompt(0), prompt(1)]), system.answer([prompt(0), prompt(1)])
+    assert compressed == [[LAMP, TOWER], [TOWER]] and first == second
+
+
+@pytest.mark.parametrize("kind", ["arc", "closed", "open", "truncated", "bm25"])
+def test_answers_do_not_depend_on_the_batch(folder: Path, kind: str) -> None:
+    system = make(folder, kind, **({"tokens": 9} if kind in ("truncated", "bm25") else {}))
+    prompts = [prompt(n, closed=kind == "closed", max_new_tokens=4 + n, stop=("e",) * (n % 2)) for n in range(4)]
+    together = system.answer(prompts)
+    assert together == [system.answer([each])[0] for each in prompts]
+    assert len({answer.raw for answer in together}) > 1 and {answer.stop for answer in together} >= {"length"}
+    nlls = system.answer_nll(prompts, ["by the sea"] * 4)
+    for nll, each in zip(nlls, prompts, strict=True):
+        (alone,) = system.answer_nll([each], ["by the sea"])
+        assert nll.nats == pytest.approx(alone.nats, rel=1e-4) and nll.tokens == alone.tokens > 0
+    json.dumps(system.describe())
+    assert system.describe()["kind"] == kind
+
+
+def test_text_systems_read_their_documents(folder: Path) -> None:
+    asked, like = prompt(), str(folder / "export")
+    texts = {
+        "open": make(folder, "open").parts(asked),
+        "closed": make(folder, "closed").parts(prompt(closed=True)),
+        "head": make(folder, "truncated", like=like).parts(asked),
+        "tail": make(folder, "truncated", like=like, keep="tail").parts(asked),
+        "middle": make(folder, "truncated", like=like, keep="middle").parts(asked),
+        "bm25": make(folder, "bm25", tokens=40).parts(asked),
+    }
+    assert texts["open"] == [words(asked)] and texts["closed"] == [words(prompt(closed=True))]
+    assert len({text for (text,) in texts.values()}) == 6
+    before = words(asked).index(TOWER)
+    budget = rows_of_arc(folder / "export")(TOWER)
+    tokenizer = make(folder, "open").reader.needed_tokenizer()
+    for keep in ("head", "tail", "middle"):
+        (text,) = texts[keep]
+        kept = text.rpartition("Document: ")[2].partition("\nQuestion")[0]
+        assert kept and kept in TOWER and kept == cut_to(TOWER, budget, keep, tokenizer)
+        assert len(tokenizer.encode(kept)) <= budget < len(tokenizer.encode(TOWER))
+    assert "It stands by the sea." in texts["bm25"][0] and TOWER not in texts["bm25"][0]
+    assert before > 0
+
+
+def test_closed_book_refuses_documents(folder: Path) -> None:
+    system = make(folder, "closed")
+    assert not system.uses_documents and make(folder, "open").uses_documents
+    with pytest.raises(DataError, match="closed reads no documents, but the prompt of q0 has some"):
+        system.answer([prompt()])
+
+
+def test_a_shortened_prompt_takes_as_many_rows_as_the_compressed_one(folder: Path) -> None:
+    """Up to the rounding of tokens: each of two documents may be a few tokens shorter."""
+    arc, short = make(folder, "arc"), make(folder, "truncated", like=str(folder / "export"))
+    assert 0 <= arc.num_rows(prompt()) - short.num_rows(prompt()) <= 4
+    (answer,) = short.answer([prompt()])
+    assert answer.lengths["last_kept_decoder_tokens"] <= answer.lengths["last_document_decoder_tokens"] // 2
+    assert answer.lengths["prompt_rows"] < answer.lengths["open_book_rows"]
+
+
+def test_govreport_of_the_reference_is_sampled_by_its_sample(folder: Path) -> None:
+    prompts = [prompt(n, task="govreport", max_new_tokens=12) for n in range(3)]
+    system, greedy = make(folder, "open", REFERENCE), make(folder, "open")
+    drawn = system.answer(prompts)
+    assert drawn == system.answer(prompts) == [system.answer([each])[0] for each in prompts]
+    assert [a.raw for a in drawn] != [a.raw for a in greedy.answer(prompts)]
+    others = [prompt(n, max_new_tokens=12) for n in range(3)]
+    assert [a.raw for a in system.answer(others)] == [a.raw for a in greedy.answer(others)]
+
+
+def test_the_window_is_the_rows_that_the_decoder_reads(folder: Path) -> None:
+    system: DecoderSystem = make(folder, "open")
+    assert system.max_rows == system.reader.max_positions
+    limited = dataclasses.replace(system.reader, max_positions=77)
+    assert type(system)("x", limited, settings("x"), description={"kind": "open"}).max_rows == 77  # type: ignore[call-arg]
+
+
+def test_wrong_keys_are_one_clear_error(folder: Path, model: ArcModel) -> None:
+    for keys in ({}, {"tokens": 3, "like": str(folder / "export")}):
+        with pytest.raises(ConfigError, match="truncated: set either `tokens` or `like`"):
+            make(folder, "truncated", **keys)
+    with pytest.raises(ConfigError, match="arc: decoder_idx is 1, but decoders lists 1"):
+        make(folder, "arc", decoder_idx=1)
+    with pytest.raises(WeightsError, match="does not exist|neither"):
+        make(folder, "open", decoder=str(folder / "gone"))
+    with pytest.raises(ConfigError, match="marker is 'mid'"):
+        ArcSystem("arc", model, settings("arc"), marker="mid")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: ArcModel) -> Tokenizer:
+    found = model.decoder_tokenizers[0]
+    assert found is not None
+    return found
+
+
+def test_sentences_are_chosen_by_their_words_and_stay_in_order(tokenizer: Tokenizer) -> None:
+    text = "Cats sleep all day. The harbour of Varn is deep.\nDogs run. Ships of Varn sail at dawn! Birds sing."
+    assert split_sentences(text)[1] == "The harbour of Varn is deep.\n" and len(split_sentences(text)) == 5
+    budget = len(tokenizer.encode("The harbour of Varn is deep.\nShips of Varn sail at dawn!"))
+    chosen = choose_sentences(text, "When do the ships of Varn leave the harbour?", budget, tokenizer)
+    assert chosen == "The harbour of Varn is deep.\nShips of Varn sail at dawn!"
+    assert choose_sentences(text, "What do dogs do?", len(tokenizer.encode("Dogs run.")), tokenizer) == "Dogs run."
+    assert choose_sentences(text, "x", 10**6, tokenizer) == text
+    first = choose_sentences(text, "zzz", budget, tokenizer)
+    assert first.startswith("Cats sleep all day.")  # no word of the query occurs
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 17])
+def test_a_budget_is_never_exceeded(tokenizer: Tokenizer, num_tokens: int) -> None:
+    for text in (TOWER, "…", "a", "?! ?!\n\n", "Ünïcödé wörds: 北京 🙂🙂 end."):
+        for part in ("head", "tail", "middle"):
+            cut = cut_to(text, num_tokens, part, tokenizer)
+            assert len(tokenizer.encode(cut)) <= num_tokens and cut in text
+        chosen = choose_sentences(text, QUESTION, num_tokens, tokenizer)
+        assert len(tokenizer.encode(chosen)) <= num_tokens
+    assert choose_sentences("", QUESTION, 3, tokenizer) == ""
+    assert cut_to(TOWER, 1000, "middle", tokenizer) == TOWER

@@ -1,0 +1,198 @@
+"""The runner: equal predictions for any number of ranks and after any kill, each sample once, and clear refusals."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arc_ds.errors import ArcError, ConfigError, DataError, LostRankError
+from arc_ds.evaluation import runner
+from arc_ds.evaluation.config import load_eval_config
+from arc_ds.evaluation.parts import part_path, part_paths
+from arc_ds.evaluation.results import PREDICTIONS, RUN, TIMES
+from tests.helpers import fake_eval
+from tests.helpers.waiting import LIMIT_S
+
+
+def _evaluate(config: Path, *overrides: str, rank: int = 0, num_ranks: int = 1) -> Path:
+    """One rank in this process. Ranks meet only in the file system."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", str(rank))
+        patch.setenv("WORLD_SIZE", str(num_ranks))
+        return runner.run_evaluation(load_eval_config(config, overrides))
+
+
+def _all_ranks(config: Path, num_ranks: int, *overrides: str) -> bytes:
+    """The predictions of several ranks, one after another; rank 0 is the last and merges."""
+    for rank in reversed(range(num_ranks)):
+        folder = _evaluate(config, *overrides, rank=rank, num_ranks=num_ranks)
+    return (folder / PREDICTIONS).read_bytes()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return fake_eval.write_config(tmp_path / "in")
+
+
+@pytest.fixture
+def expected(config: Path, tmp_path: Path) -> bytes:
+    """The predictions of one rank."""
+    return _all_ranks(config, 1, f"output={tmp_path / 'expected'}")
+
+
+def test_predictions_are_equal_for_1_2_and_3_ranks(config: Path, expected: bytes, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in expected.splitlines()]
+    assert len(lines) == 80 and {line["raw"].count(",") > 0 for line in lines} == {True}  # real batches
+    assert all(line["prediction"] == line["references"][0] for line in lines if line["system"] == "open")
+    for num_ranks in (2, 3):
+        out = tmp_path / f"of_{num_ranks}"
+        assert _all_ranks(config, num_ranks, f"output={out}") == expected
+        assert sorted(path.name for path in out.iterdir()) == sorted([PREDICTIONS, RUN, TIMES])
+    run = json.loads((out / RUN).read_text())
+    assert run["samples"] == {"open": {"qa": 40}, "closed": {"qa": 40}} and run["protocol"]["name"] == "clean"
+    assert run == json.loads((tmp_path / "expected" / RUN).read_text())
+
+
+def test_a_kill_at_any_byte_loses_at_most_one_batch(config: Path, expected: bytes, tmp_path: Path) -> None:
+    """A part file is cut at random places, as by a kill in the middle of a write; other numbers of ranks go on."""
+    draw = random.Random(0)
+    for attempt in range(3):
+        out = tmp_path / f"out{attempt}"
+        for rank in (1, 2):
+            _evaluate(config, f"output={out}", rank=rank, num_ranks=3)
+        part = part_path(out, 2).read_bytes()
+        part_path(out, 2).write_bytes(part[: draw.randrange(len(part))])
+        assert _all_ranks(config, 1 + attempt, f"output={out}") == expected
+
+
+def test_kill_9_of_a_process_and_the_same_command_again(config: Path, tmp_path: Path) -> None:
+    slow = ["systems.0.batch_s=0.05", "systems.1.batch_s=0.05"]
+    expected = _all_ranks(config, 1, f"output={tmp_path / 'expected'}", *slow)
+    out = tmp_path / "out"
+    process = _forked(config, f"output={out}", *slow)
+    part = part_path(out, 0)
+    deadline = time.monotonic() + LIMIT_S
+    wanted = random.SystemRandom().randint(1, 5)
+    while not part.exists() or part.read_bytes().count(b"\n") < wanted:
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    before = part.read_bytes()
+    assert before.count(b"\n") >= wanted and not (out / PREDICTIONS).exists()
+    assert _all_ranks(config, 1, f"output={out}", *slow) == expected
+
+
+def test_nothing_is_computed_twice(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    answer = fake_eval.Echo.answer
+
+    def counted(self: fake_eval.Echo, prompts: Sequence[Any]) -> list[Any]:
+        seen.extend(f"{self.name}/{prompt.sample.id}" for prompt in prompts)
+        return answer(self, prompts)
+
+    monkeypatch.setattr(fake_eval.Echo, "answer", counted)
+    for rank in (1, 0):
+        _evaluate(config, rank=rank, num_ranks=2)
+    _all_ranks(config, 3)  # complete: nothing is left to do
+    assert len(seen) == len(set(seen)) == 80
+
+
+def test_a_changed_config_or_changed_data_is_refused_with_the_difference(config: Path, tmp_path: Path) -> None:
+    _evaluate(config, rank=1, num_ranks=2)
+    with pytest.raises(ConfigError, match=r"config\.max_batch_rows: 220 there, 500 here"):
+        _evaluate(config, "max_batch_rows=500")
+    questions = config.parent / "questions.jsonl"
+    questions.write_text(questions.read_text().replace('"end3"', '"end4"'))
+    with pytest.raises(ConfigError, match=r"data_digest\.qa: .* there, .* here"):
+        _evaluate(config)
+    fake_eval.write_questions(questions, 40)
+    _evaluate(config)
+    with pytest.raises(ConfigError, match=r"config\.seed: 0 there, 1 here"):
+        _evaluate(config, "seed=1")
+
+
+def test_a_folder_without_finished_batches_may_get_another_config(config: Path) -> None:
+    out = Path(load_eval_config(config).output)
+    out.mkdir()
+    (out / RUN).write_text('{"plan_digest": "of a start that was killed at once"}')
+    assert _evaluate(config) == out
+
+
+def test_rank_0_names_the_ranks_that_are_missing(config: Path) -> None:
+    with pytest.raises(LostRankError, match=r"batches of rank 1 are missing, and part_00001\.jsonl did not grow"):
+        _evaluate(config, "wait_s=0.1", rank=0, num_ranks=2)
+    _all_ranks(config, 1)  # its own batches are kept
+
+
+def test_rank_0_waits_for_a_rank_that_is_slower(config: Path, expected: bytes) -> None:
+    late = _forked(config, rank=1, num_ranks=2, after_s=1.0)
+    _evaluate(config, rank=0, num_ranks=2)
+    late.join()
+    assert (Path(load_eval_config(config).output) / PREDICTIONS).read_bytes() == expected
+
+
+def test_two_evaluations_do_not_write_one_folder(config: Path) -> None:
+    out = Path(load_eval_config(config).output)
+    out.mkdir()
+    for name in ("part_00000.jsonl", "part_00003.jsonl"):  # the rank itself, and a rank of a larger start
+        with (out / name).open("ab") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)  # locks of two descriptors exclude each other in one process, too
+            with pytest.raises(DataError, match=f"another evaluation is writing .*{name}"):
+                _evaluate(config)
+    _evaluate(config)
+
+
+def test_an_id_that_occurs_twice_in_the_parts_is_an_error(config: Path) -> None:
+    _evaluate(config, rank=1, num_ranks=2)
+    out = Path(load_eval_config(config).output)
+    part_path(out, 7).write_bytes(part_path(out, 1).read_bytes())
+    with pytest.raises(DataError, match="do not occur exactly once in the part files: .*open/qa/q"):
+        _evaluate(config)
+
+
+def test_a_damaged_line_of_a_part_file_is_named(config: Path) -> None:
+    _evaluate(config, rank=1, num_ranks=2)
+    (part,) = part_paths(Path(load_eval_config(config).output))
+    part.write_bytes(b"{}\n" + part.read_bytes())
+    with pytest.raises(DataError, match=r"part_00001\.jsonl:1 is no batch of an evaluation"):
+        _evaluate(config)
+
+
+def test_samples_that_are_too_long_are_counted_and_left_out(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = _evaluate(config, "systems.0.window=48")
+    run = json.loads((folder / RUN).read_text())
+    skipped = run["skipped"]["too long"]["open"]["qa"]
+    assert 0 < len(skipped) < 40 and "closed" not in run["skipped"]["too long"]
+    assert run["samples"]["open"]["qa"] == 40 - len(skipped)
+    assert f"open, qa: {len(skipped)} samples skipped: too long" in caplog.text
+    done = [json.loads(line) for line in (folder / PREDICTIONS).read_text().splitlines()]
+    assert not {line["id"] for line in done if line["system"] == "open"} & set(skipped)
+
+
+def test_a_mistake_in_the_data_comes_before_the_systems_are_built(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_eval.Echo, "__init__", lambda *_: pytest.fail("the systems were built first"))
+    with pytest.raises(ArcError, match="nowhere"):
+        _evaluate(config, "tasks.0.path=nowhere")
+
+
+def _forked(config: Path, *overrides: str, after_s: float = 0.0, **place: int) -> multiprocessing.Process:
+    """A rank as a process of its own. The fake system needs no threads of torch, so a fork is safe."""
+
+    def work() -> None:
+        time.sleep(after_s)
+        _evaluate(config, *overrides, **place)
+
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    process.start()
+    return process

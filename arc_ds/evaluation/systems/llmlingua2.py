@@ -10,14 +10,18 @@ import os
 import string
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from arc_ds.config.ranges import Range
+from arc_ds.config.schema import PathText
 from arc_ds.errors import ConfigError, WeightsError
+from arc_ds.evaluation.systems.decoder_system import DecoderSection, TextSystem
+from arc_ds.evaluation.systems.kind import SystemKind, SystemSettings
 from arc_ds.system.device import usable_device
 from arc_ds.system.user_files import check_encodable, library_reads
 
@@ -25,7 +29,6 @@ _MAX_TOKENS = 512  # of a piece, with the tokens that start and end it
 _PIECE_ENDS = (".", "\n")
 _WORD_START = "▁"
 _CL100K = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
-_CACHED_DOCUMENTS = 1024  # in-context examples repeat in every prompt
 
 CountTokens = Callable[[str], int]
 Ends = Literal["library", "model"]
@@ -72,8 +75,7 @@ def llmlingua2(
     around = (unknown, unknown) if ends == "library" else (tokenizer.bos_token_id, tokenizer.eos_token_id)
     skipped = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
 
-    @lru_cache(maxsize=_CACHED_DOCUMENTS)
-    def compress(document: str) -> str:
+    def compress(document: str, _question: str) -> str:
         tokens = tokenizer.tokenize(check_encodable(document, "a document"))
         pieces = [tokenizer.convert_tokens_to_string(piece) for piece in cut_pieces(tokens)]
         texts = []
@@ -83,7 +85,7 @@ def llmlingua2(
                 texts.append(tokenizer.convert_tokens_to_string(keep_words(words, rate, count_tokens)))
         return "".join(texts)
 
-    return lambda document, _question: compress(document)
+    return compress
 
 
 def cut_pieces(tokens: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -213,3 +215,28 @@ def _classify(
     probabilities = torch.softmax(logits.float(), dim=-1)[..., 1].cpu().numpy()
     for line, of_line in zip(ids, probabilities, strict=True):
         yield tokenizer.convert_ids_to_tokens(line), list(of_line[: len(line)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmLingua2Section(DecoderSection):
+    """Keys of `llmlingua2`."""
+
+    classifier: PathText
+    """Folder of the token classifier, such as a copy of microsoft/llmlingua-2-xlm-roberta-large-meetingbank."""
+    rate: Annotated[float, Range(above=0, below=1)]
+    """Share of tokens that stay. The paper compares 0.5 and 0.25."""
+    ends: Ends = "library"
+    """Tokens around each piece that the classifier reads: those of the package llmlingua, or those of the training."""
+
+
+def build_llmlingua2(section: LlmLingua2Section, settings: SystemSettings) -> TextSystem:
+    """A decoder with the words of each document that LLMLingua-2 keeps. Raises like `llmlingua2`."""
+    classifier = Path(section.classifier)
+    shorten = llmlingua2(
+        classifier, rate=section.rate, count_tokens=cl100k_counter(), ends=section.ends, device=settings.device
+    )
+    description = {"kind": "llmlingua2", "classifier": classifier.name, "rate": section.rate, "ends": section.ends}
+    return TextSystem(settings.name, section.open(settings), settings, description=description, shorten=shorten)
+
+
+LLMLINGUA2_KIND = SystemKind(LlmLingua2Section, build_llmlingua2)

@@ -16,8 +16,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaForTokenClassification
 
+from arc_ds import ArcModel
 from arc_ds.errors import ConfigError, DataError, WeightsError
+from arc_ds.evaluation.protocol import CLEAN
+from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
+from arc_ds.evaluation.systems import KINDS
 from arc_ds.evaluation.systems import llmlingua2 as room
+from arc_ds.evaluation.systems.kind import SystemSettings
 from arc_ds.evaluation.systems.llmlingua2 import Word, cl100k_counter, cl100k_file, keep_words, llmlingua2, words_of
 
 WORDS = (
@@ -90,9 +95,9 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny XLM-RoBERTa with random weights. llmlingua finds the kind of model in the folder's name."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-xlm-roberta-large"
+    classifier = tmp_path_factory.mktemp("models") / "tiny-xlm-roberta-large"
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -104,7 +109,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, **names, unk_token="<unk>", pad_token="<pad>", mask_token="<mask>"
-    ).save_pretrained(folder)
+    ).save_pretrained(classifier)
     config = XLMRobertaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=16,
@@ -118,8 +123,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.5,
     )
     torch.manual_seed(0)
-    XLMRobertaForTokenClassification(config).save_pretrained(folder)
-    return folder
+    XLMRobertaForTokenClassification(config).save_pretrained(classifier)
+    return classifier
 
 
 class Selection(NamedTuple):
@@ -131,13 +136,13 @@ class Selection(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def library(folder: Path) -> Callable[[str, float], Selection]:
+def library(classifier: Path) -> Callable[[str, float], Selection]:
     """The package's own selection."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiktoken, "encoding_for_model", lambda _name: _Encoding())
         from llmlingua import PromptCompressor
 
-        compressor = PromptCompressor(str(folder), use_llmlingua2=True, device_map="cpu")
+        compressor = PromptCompressor(str(classifier), use_llmlingua2=True, device_map="cpu")
 
     def select(text: str, rate: float) -> Selection:
         result = compressor.compress_prompt_llmlingua2(text, rate=rate, return_word_label=True, word_sep="\0")
@@ -148,7 +153,7 @@ def library(folder: Path) -> Callable[[str, float], Selection]:
 
 
 @pytest.fixture
-def ours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, float], Selection]:
+def ours(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, float], Selection]:
     """Our selection, with the words that `keep_words` returns."""
     kept: list[str] = []
     seen: list[int] = []
@@ -161,7 +166,7 @@ def ours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, float]
         return found
 
     monkeypatch.setattr(room, "keep_words", watched)
-    by_rate = {rate: llmlingua2(folder, rate=rate, count_tokens=count) for rate in (0.5, 0.25)}
+    by_rate = {rate: llmlingua2(classifier, rate=rate, count_tokens=count) for rate in (0.5, 0.25)}
 
     def select(text: str, rate: float) -> Selection:
         kept.clear()
@@ -172,11 +177,11 @@ def ours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, float]
 
 
 def test_the_ends_that_the_model_knows(
-    folder: Path, library: Callable[[str, float], Selection], monkeypatch: pytest.MonkeyPatch
+    classifier: Path, library: Callable[[str, float], Selection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmlingua import prompt_compressor
 
-    compress = llmlingua2(folder, rate=0.5, count_tokens=count, ends="model")
+    compress = llmlingua2(classifier, rate=0.5, count_tokens=count, ends="model")
     some = [text for text in texts()[:40] if text != BLANK]
     assert any(compress(text, "") != library(text, 0.5).text for text in some)
     repaired = partial(prompt_compressor.TokenClfDataset, model_name="xlm-roberta-large")
@@ -212,21 +217,12 @@ def test_the_same_words_as_the_package_on_200_texts(
     ],
 )
 def test_a_wrong_variant_keeps_other_words(
-    folder: Path, library: Callable[[str, float], Selection], monkeypatch: pytest.MonkeyPatch, name: str, wrong: Any
+    classifier: Path, library: Callable[[str, float], Selection], monkeypatch: pytest.MonkeyPatch, name: str, wrong: Any
 ) -> None:
     monkeypatch.setattr(room, name, wrong)
-    compress = llmlingua2(folder, rate=0.5, count_tokens=count)
+    compress = llmlingua2(classifier, rate=0.5, count_tokens=count)
     some = [text for text in texts()[:40] if text != BLANK]
     assert any(compress(text, "") != library(text, 0.5).text for text in some)
-
-
-def test_the_question_changes_nothing_and_a_document_is_read_once(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compress, calls, real = llmlingua2(folder, rate=0.5, count_tokens=count), [], room.cut_pieces
-    monkeypatch.setattr(room, "cut_pieces", lambda tokens: calls.append(1) or real(tokens))
-    assert compress("the cat is on the river", "Where?") == compress("the cat is on the river", "Who?")
-    assert len(calls) == 1
 
 
 def test_a_word_weighs_as_many_tokens_as_it_has() -> None:
@@ -255,21 +251,39 @@ def test_without_its_file_the_counter_says_where_to_put_it(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, 2.0, float("nan")])
-def test_a_rate_out_of_range_is_refused(folder: Path, rate: float) -> None:
+def test_a_rate_out_of_range_is_refused(classifier: Path, rate: float) -> None:
     with pytest.raises(ConfigError, match="above 0 and below 1"):
-        llmlingua2(folder, rate=rate, count_tokens=count)
+        llmlingua2(classifier, rate=rate, count_tokens=count)
 
 
-def test_other_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_other_folders_are_refused(classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"config\.json does not exist"):
         llmlingua2(tmp_path, rate=0.5, count_tokens=count)
-    config = XLMRobertaConfig.from_pretrained(folder, num_labels=3)
+    config = XLMRobertaConfig.from_pretrained(classifier, num_labels=3)
     XLMRobertaForTokenClassification(config).save_pretrained(tmp_path)
-    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(classifier).save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="with 3 classes"):
         llmlingua2(tmp_path, rate=0.5, count_tokens=count)
 
 
-def test_a_lone_surrogate_is_refused(folder: Path) -> None:
+def test_a_lone_surrogate_is_refused(classifier: Path) -> None:
     with pytest.raises(DataError):
-        llmlingua2(folder, rate=0.5, count_tokens=count)("bad \ud800 text", "")
+        llmlingua2(classifier, rate=0.5, count_tokens=count)("bad \ud800 text", "")
+
+
+def test_the_kind_reads_documents_shortened(
+    classifier: Path, folder: Path, model: ArcModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "cl100k_counter", lambda: count)
+    kind, device = KINDS["llmlingua2"], torch.device("cpu")
+    section = kind.section(decoder=str(folder / "decoder"), classifier=str(classifier), rate=0.5)
+    settings = SystemSettings(name="words", protocol=CLEAN, seed=0, device=device, dtype=torch.float32)
+    system = kind.build(section, settings)
+    text = "The tower was built in 1889 for a fair. It stands on the river."
+    sample = EvalSample(id="q", task="squad", passages=(text,), references=("1889",))
+    parts = ("Document: ", Document(text), "\nAnswer:")
+    (answer,) = system.answer([EvalPrompt(sample=sample, parts=parts, max_new_tokens=5, stop=())])
+    kept = llmlingua2(classifier, rate=0.5, count_tokens=count)(text, "")
+    assert 0 < len(kept) < len(text)
+    assert [answer.raw] == model.generate([f"Document: {kept}\nAnswer:"], max_new_tokens=5)
+    assert system.describe().items() >= {"kind": "llmlingua2", "rate": 0.5, "ends": "library"}.items()

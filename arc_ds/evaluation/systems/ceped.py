@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from arc_ds.batch.segments import TokenIds
 from arc_ds.config.ranges import Positive
 from arc_ds.config.schema import PathText
+from arc_ds.data.order.randomness import random_words
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.sample import Document, EvalPrompt
 from arc_ds.evaluation.systems.kind import SystemKind, SystemSettings
 from arc_ds.evaluation.systems.system import Answer, AnswerNll
 from arc_ds.inference.decoder_files import find_max_positions, find_stop_ids
+from arc_ds.inference.generate import Sampling
 from arc_ds.inference.reader import DecoderReader
 from arc_ds.inference.weight_samples import sample_digest
 from arc_ds.model.ceped import Ceped, load_ceped
 from arc_ds.tokenizers import Tokenizer, check_fits, load_tokenizer, read_together
 
 SplitRule = Literal["clean", "reference"]
+_SAMPLED_TASK = "govreport"  # of the reference's protocol
 
 
 class Split(NamedTuple):
@@ -103,24 +107,27 @@ _SPLITS: Mapping[SplitRule, Callable[[str, str, int, SplitSizes, Tokenizer], Spl
 
 
 class CepedSystem:
-    """Answers with a CEPED model, greedily.
+    """Answers with a CEPED model.
 
-    Prompts with a context run one at a time: the keys and values of a context of 30,720 tokens take 16 GB in bfloat16
-    for the published model. Prompts without one run as a batch of a plain Llama.
+    Prompts run one at a time: the keys and values of a context of 30,720 tokens take 16 GB in bfloat16 for the
+    published model.
 
-    name: its name in results and tables.
     model: encoder and decoder.
     reader: the model's decoder with its tokenizer, which both sides share.
     sizes: see `SplitSizes`.
     rule: "clean" for `split_prompt`, "reference" for `split_prompt_as_published`.
+    settings: name of the system, seed and protocol of the evaluation.
     """
 
     uses_documents = True
 
-    def __init__(self, name: str, model: Ceped, reader: DecoderReader, *, sizes: SplitSizes, rule: SplitRule) -> None:
-        self.name, self.model, self.reader = name, model, reader
+    def __init__(
+        self, model: Ceped, reader: DecoderReader, *, sizes: SplitSizes, rule: SplitRule, settings: SystemSettings
+    ) -> None:
+        self.name, self.model, self.reader = settings.name, model, reader
         self.sizes, self.rule = sizes, rule
         self.max_rows: int | None = sizes.input
+        self._settings = settings
 
     def num_rows(self, prompt: EvalPrompt) -> int:
         """See `System`. A prompt exceeds `max_rows` only if the text after its documents does."""
@@ -128,28 +135,14 @@ class CepedSystem:
 
     def answer(self, prompts: Sequence[EvalPrompt]) -> list[Answer]:
         """See `System`. Raises DataError if the text after the documents exceeds the decoder's budget."""
-        found: dict[int, Answer] = {}
-        for places, splits, reader in self._groups(prompts):
-            for stop in dict.fromkeys(prompts[place].stop for place in places):
-                chosen = [idx for idx, place in enumerate(places) if prompts[place].stop == stop]
-                answers = reader.answer_rows(
-                    [[TokenIds(splits[idx].decoder_ids)] for idx in chosen],
-                    max_new_tokens=[prompts[places[idx]].max_new_tokens for idx in chosen],
-                    stop=stop,
-                )
-                for idx, each in zip(chosen, answers, strict=True):
-                    lengths = {**self._lengths(prompts[places[idx]], splits[idx]), "new_tokens": len(each.ids)}
-                    found[places[idx]] = Answer(text=each.text.strip(), raw=each.raw, stop=each.stop, lengths=lengths)
-        return [found[place] for place in range(len(prompts))]
+        return [self._answer(prompt, self._checked_split(prompt)) for prompt in prompts]
 
     def answer_nll(self, prompts: Sequence[EvalPrompt], answers: Sequence[str]) -> list[AnswerNll]:
         """See `System`. A space stands between prompt and answer, unless the prompt ends with white space."""
-        found: dict[int, AnswerNll] = {}
-        for places, splits, reader in self._groups(prompts):
-            rows = [[TokenIds(split.decoder_ids)] for split in splits]
-            ids = [self._answer_ids(prompts[place], answers[place]) for place in places]
-            found |= {place: AnswerNll(*nll) for place, nll in zip(places, reader.nll_rows(rows, ids), strict=True)}
-        return [found[place] for place in range(len(prompts))]
+        return [
+            self._answer_nll(prompt, self._checked_split(prompt), answer)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
     def describe(self) -> Mapping[str, Any]:
         """See `System`."""
@@ -167,22 +160,43 @@ class CepedSystem:
         budget = self.sizes.input - prompt.max_new_tokens
         return _SPLITS[self.rule](*_texts(prompt), budget, self.sizes, self.reader.needed_tokenizer())
 
-    def _groups(self, prompts: Sequence[EvalPrompt]) -> list[tuple[list[int], list[Split], DecoderReader]]:
-        """Places of prompts that run together, how they are divided, and what reads them."""
-        splits = [self._split(prompt) for prompt in prompts]
-        for prompt, split in zip(prompts, splits, strict=True):
-            if len(split.decoder_ids) + prompt.max_new_tokens > self.sizes.input:
-                raise DataError(
-                    f"{self.name}: the text after the documents of {prompt.sample.id} and {prompt.max_new_tokens} new "
-                    f"tokens exceed input_tokens {self.sizes.input}. Raise input_tokens, or lower max_new_tokens."
-                )
-        plain = [place for place, split in enumerate(splits) if not split.chunks]
-        groups = [(plain, [splits[place] for place in plain], self.reader)] if plain else []
-        for place, split in enumerate(splits):
-            if split.chunks:
-                decoder = self.model.decoder.reading(self.model.encode([split.chunks]))
-                groups.append(([place], [split], dataclasses.replace(self.reader, decoder=decoder)))
-        return groups
+    def _checked_split(self, prompt: EvalPrompt) -> Split:
+        split = self._split(prompt)
+        if len(split.decoder_ids) + prompt.max_new_tokens > self.sizes.input:
+            raise DataError(
+                f"{self.name}: the text after the documents of {prompt.sample.id} and {prompt.max_new_tokens} new "
+                f"tokens exceed input_tokens {self.sizes.input}. Raise input_tokens, or lower max_new_tokens."
+            )
+        return split
+
+    def _answer(self, prompt: EvalPrompt, split: Split) -> Answer:
+        (found,) = self._reader_of(split).answer_rows(
+            [[TokenIds(split.decoder_ids)]],
+            max_new_tokens=prompt.max_new_tokens,
+            stop=prompt.stop,
+            sampling=self._sampling(prompt),
+        )
+        lengths = {**self._lengths(prompt, split), "new_tokens": len(found.ids)}
+        return Answer(text=found.text.strip(), raw=found.raw, stop=found.stop, lengths=lengths)
+
+    def _answer_nll(self, prompt: EvalPrompt, split: Split, answer: str) -> AnswerNll:
+        rows, ids = [TokenIds(split.decoder_ids)], self._answer_ids(prompt, answer)
+        (nll,) = self._reader_of(split).nll_rows([rows], [ids])
+        return AnswerNll(*nll)
+
+    def _reader_of(self, split: Split) -> DecoderReader:
+        """What reads a prompt. It holds the keys and values of the context."""
+        if not split.chunks:
+            return self.reader
+        return dataclasses.replace(self.reader, decoder=self.model.decoder.reading(self.model.encode([split.chunks])))
+
+    def _sampling(self, prompt: EvalPrompt) -> Sampling | None:
+        """None: greedy. The published evaluation samples GovReport's summaries."""
+        task = prompt.sample.task
+        if not self._settings.protocol.sample_govreport or task != _SAMPLED_TASK:
+            return None
+        (seed,) = random_words(1, self._settings.seed, "answer", task, prompt.sample.id).tolist()
+        return Sampling(temperature=1.0, top_p=0.95, seed=seed)
 
     def _answer_ids(self, prompt: EvalPrompt, answer: str) -> TokenIds:
         _, rest = _texts(prompt)
@@ -239,7 +253,7 @@ def build_ceped(section: CepedSection, settings: SystemSettings) -> CepedSystem:
             "input_tokens."
         )
     tokenizer = load_tokenizer(path)
-    model = load_ceped(path, settings.device, settings.dtype)
+    model = _load(path, settings.device, settings.dtype)
     check_fits(tokenizer, model.config.decoder.vocab_size, f"CEPED {path}", _bos(tokenizer))
     reader = DecoderReader(
         decoder=model.decoder,
@@ -250,7 +264,10 @@ def build_ceped(section: CepedSection, settings: SystemSettings) -> CepedSystem:
     )
     by_protocol: SplitRule = "reference" if settings.protocol.truncation == "reference" else "clean"
     rule = by_protocol if section.split == "protocol" else section.split
-    return CepedSystem(settings.name, model, reader, sizes=sizes, rule=rule)
+    return CepedSystem(model, reader, sizes=sizes, rule=rule, settings=settings)
+
+
+_load = lru_cache(maxsize=1)(load_ceped)  # systems of one evaluation share it
 
 
 CEPED_KIND = SystemKind(CepedSection, build_ceped)

@@ -26,6 +26,7 @@ from tests.helpers.tokenizer_files import KEEPS_TEXT, sentencepiece_model
 STORY = "The tower is of stone. It stands by the sea, and a lamp burns in it at night. "
 BEFORE = "Story:\n" + STORY * 6
 REST = "\n\nAnswer in one word.\n\nQuestion: Where does it stand?\nAnswer:"
+PROTOCOLS = {"clean": CLEAN, "reference": REFERENCE}
 SIZES = SplitSizes(input=80, context=70, chunk=16)
 
 
@@ -135,6 +136,16 @@ def test_the_nll_of_an_answer_depends_on_the_context(ceped: Path, tokenizer: Tok
     assert found[0].tokens == len(answer_ids) and found[0].nats == pytest.approx(nats[0], rel=1e-5)
     assert abs(nats[0] - nats[1]) > 0.1
     assert found[1] == system.answer_nll(prompts[1:], ["stone"])[0]
+
+
+def test_the_reference_samples_summaries_of_govreport_alone(ceped: Path) -> None:
+    sample = EvalSample(id="s", task="govreport", passages=(STORY,), references=("by the sea",))
+    summary = EvalPrompt(sample=sample, parts=("Report:\n", Document(STORY * 6), REST), max_new_tokens=12, stop=())
+    question = make_prompt(6, max_new_tokens=12)
+    answers = {name: build(ceped, p, split="clean").answer([summary, question]) for name, p in PROTOCOLS.items()}
+    assert answers["clean"][0].raw != answers["reference"][0].raw
+    assert answers["clean"][1] == answers["reference"][1]
+    assert build(ceped, REFERENCE, split="clean").answer([summary]) == answers["reference"][:1]
 
 
 def test_an_answer_ends_at_its_stop(ceped: Path) -> None:

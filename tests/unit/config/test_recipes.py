@@ -11,7 +11,7 @@ from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 
 ROOT = Path(__file__).parents[3]
-RECIPES = sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "ds_configs" / "recipes").rglob("*.yaml"))
 PRETRAINING = [path for path in RECIPES if path.stem.startswith("pretrain_")]
 
 
@@ -101,3 +101,13 @@ def test_long_contexts_are_chunks_without_markers_in_a_chat(monkeypatch):
     assert (config.steps, config.data.batch_size, config.micro_batches) == (8000, 2 * 4 * 8, 4)
     assert (config.data.max_chunks, config.data.sources[0].chunk_tokens) == (32, 1024)
     assert (config.markers.rec, config.markers.cont, config.decoders[0].chat_template) == (False, False, "llama2")
+
+
+@pytest.mark.parametrize(("name", "share"), [("icae_llama31_8b", 0.5), ("icae_finetune_llama31_8b", None)])
+def test_the_icae_like_baseline_has_the_decoders_own_model_as_encoder(name, share, monkeypatch):
+    config = load(ROOT / "ds_configs" / "recipes" / "baselines" / f"{name}.yaml", monkeypatch)
+    assert config.encoder.backbone == config.decoders[0].backbone and config.encoder.kept_layers(32) == 32
+    assert (config.pooling.memory_tokens, config.pooling.factors, config.bridge.kind) == (32, (), "none")
+    assert share is None or (config.data.reconstruction_share, config.steps) == (share, 100_000)
+    papers = load(ROOT / "ds_configs" / "recipes" / "finetune_llama31_8b.yaml", monkeypatch)
+    assert share is not None or config.data == papers.data

@@ -383,7 +383,9 @@ def test_samples_have_lengths_from_all_of_a_source_s_records() -> None:
     assert [batch.num_encoder_tokens for batch in batches] == [16 + 64, 8 + 16 + 32 + 64]
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "ds_configs" / "recipes").rglob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_recipe_can_be_planned_before_anything_is_downloaded(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

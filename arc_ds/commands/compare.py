@@ -7,12 +7,13 @@ import json
 import shlex
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from arc_ds.comparison.evaluation import paired_table
-from arc_ds.comparison.files import PAGE, write_files
+from arc_ds.comparison.files import write_files
 from arc_ds.comparison.find import find_inputs, find_store
-from arc_ds.comparison.mlflow_runs import find_run, log_page, open_store
+from arc_ds.comparison.mlflow_runs import Store, find_run, log_files, open_store
 from arc_ds.comparison.panels import AXES
 from arc_ds.comparison.report import FEW_RUNS, Comparison, Options, compare_runs, to_json
 from arc_ds.comparison.tables import Table, to_text
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "nothing to compare. Give runs, or --experiment NAME. `arc-ds compare --help` shows examples."
         )
+    target = None if args.log_to is None else _log_target(args.log_to, args.tracking_uri)
     inputs = find_inputs(args.runs, args.experiment, args.tracking_uri)
     extra = [paired_table(inputs.results)] if inputs.results else []
     if not inputs.runs:
@@ -88,11 +90,27 @@ def run(args: argparse.Namespace) -> int:
     options = Options(best=args.best, at_step=args.at, metrics=tuple(args.metrics), axis=args.x, is_log=args.log)
     comparison = compare_runs(inputs.runs, options)
     print(json.dumps(to_json(comparison), indent=2) if args.json else _summary(comparison, extra))
-    if args.out is not None:
-        _write(comparison, args.out, args, extra)
-    if args.log_to is not None:
-        _log(comparison, args, extra)
+    if args.out is None and target is None:
+        return 0
+    # With --json, standard output holds the JSON alone.
+    report = partial(print, file=sys.stderr if args.json else sys.stdout)
+    with tempfile.TemporaryDirectory(prefix="arc_ds_compare_") as made:
+        paths = _write(comparison, args.out or Path(made), args, extra)
+        if args.out is not None:
+            report(f"\nwrote {paths[0]} and {len(paths) - 1} more files")
+        if target is not None:
+            log_files(*target, paths, _ARTIFACTS)
+            report(f"logged the page to {_ARTIFACTS}/ of the run {target[1]}")
     return 0
+
+
+def _log_target(name: str, uri: str | None) -> tuple[Store, str]:
+    """The store and the id of the run to log to. name: its folder, id or name."""
+    if Path(name).is_dir():
+        found, run_id = find_mlflow_run(Path(name), uri)
+        return open_store(found), run_id
+    store = find_store(uri, [name])
+    return store, find_run(store, name).info.run_id
 
 
 def _summary(comparison: Comparison, extra: list[Table]) -> str:
@@ -109,25 +127,7 @@ def _text(table: Table, max_rows: int = _ROWS) -> str:
     return "\n".join(filter(None, (to_text(table, max_rows), table.caption and f"  {table.caption}")))
 
 
-def _write(comparison: Comparison, folder: Path, args: argparse.Namespace, extra: list[Table]) -> None:
+def _write(comparison: Comparison, folder: Path, args: argparse.Namespace, extra: list[Table]) -> list[Path]:
     title = f"Experiment {args.experiment}" if args.experiment else f"Comparison of {len(comparison.runs)} runs"
     command = shlex.join(["arc-ds", "compare", *sys.argv[2:]])
-    paths = write_files(comparison, folder, title=title, command=command, extra=extra)
-    # With --json, standard output holds the JSON alone.
-    print(f"\nwrote {folder / PAGE} and {len(paths) - 1} more files", file=sys.stderr if args.json else sys.stdout)
-
-
-def _log(comparison: Comparison, args: argparse.Namespace, extra: list[Table]) -> None:
-    """Log the files of the comparison as artifacts of a run."""
-    if Path(args.log_to).is_dir():
-        uri, run_id = find_mlflow_run(Path(args.log_to), args.tracking_uri)
-        store = open_store(uri)
-    else:
-        store = find_store(args.tracking_uri, [args.log_to])
-        run_id = find_run(store, args.log_to).info.run_id
-    with tempfile.TemporaryDirectory(prefix="arc_ds_compare_") as made:
-        folder = args.out or Path(made)
-        if args.out is None:
-            _write(comparison, folder, args, extra)
-        log_page(store, run_id, folder, _ARTIFACTS)
-    print(f"logged the page to {_ARTIFACTS}/ of the run {run_id}", file=sys.stderr if args.json else sys.stdout)
+    return write_files(comparison, folder, title=title, command=command, extra=extra)

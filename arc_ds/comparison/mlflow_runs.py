@@ -42,7 +42,11 @@ _RUNS_PER_PAGE = 1000
 _THREADS = 8
 _LARGEST = np.finfo(np.float64).max  # MLflow stores it in place of infinity
 _DEEPSPEED, _CONFIG = "deepspeed.json", "config.yaml"
-_POINTS = "SELECT key, step, CASE WHEN is_nan THEN NULL ELSE value END, timestamp FROM metrics WHERE run_uuid = ?"
+_OF_HOSTS = "system/"  # MLflow's metrics of hosts count samples, not steps
+_POINTS = (
+    "SELECT key, step, CASE WHEN is_nan THEN NULL ELSE value END, timestamp FROM metrics "
+    f"WHERE run_uuid = ? AND key NOT LIKE '{_OF_HOSTS}%'"
+)
 _ROWS_AT_ONCE = 500
 
 
@@ -163,15 +167,16 @@ def read_runs(store: Store, runs: Sequence[Run]) -> list[ComparedRun]:
         ) from error
 
 
-def log_page(store: Store, run_id: str, folder: Path, name: str) -> None:
-    """Log the files of a folder as artifacts of a run, in the artifact folder `name`.
+def log_files(store: Store, run_id: str, paths: Sequence[Path], name: str) -> None:
+    """Log files as artifacts of a run, in the artifact folder `name`.
 
     Raises StorageError if the artifact store does not take them.
     """
     from mlflow.exceptions import MlflowException
 
     try:
-        store.client.log_artifacts(run_id, str(folder), name)
+        for path in paths:
+            store.client.log_artifact(run_id, str(path), name)
     except (MlflowException, OSError) as error:
         raise StorageError(
             f"the comparison is whole, but the run {run_id} cannot store it: {words_of(error)}. Let this host write to "
@@ -283,7 +288,7 @@ def _sqlite_points(database: Path, run_id: str, bar: tqdm) -> tuple[dict[str, Cu
 def _client_points(store: Store, run: Run, pool: ThreadPoolExecutor, bar: tqdm) -> tuple[dict[str, Curve], Curve]:
     """The points of a run, by MLflow's client: one request for each metric."""
     curves, stamps = {}, defaultdict[int, int](int)
-    keys = sorted(run.data.metrics)
+    keys = sorted(key for key in run.data.metrics if not key.startswith(_OF_HOSTS))
     histories = pool.map(lambda key: store.client.get_metric_history(run.info.run_id, key), keys)
     for key, history in zip(keys, histories, strict=True):
         points = sorted(history, key=lambda point: point.timestamp)

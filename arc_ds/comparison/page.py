@@ -14,8 +14,6 @@ from arc_ds.comparison.tables import Table, to_html
 from arc_ds.version import __version__
 
 _HERE = Path(__file__).parent
-_TABLES_BEFORE_PLOTS = ("runs", "groups")
-_TABLES_AFTER_PLOTS = ("last", "best", "at", "speed", "environment")
 
 
 def render_page(
@@ -35,8 +33,9 @@ def render_page(
         + f", {len(comparison.metrics)} metrics, x-axis: {comparison.x_label}"
     )
     # The table of many runs has the first differing keys already.
-    before, after = _TABLES_BEFORE_PLOTS, _TABLES_AFTER_PLOTS
-    before, after = (before, ("config", *after)) if len(runs) > FEW_RUNS else ((*before, "config"), after)
+    is_many = len(runs) > FEW_RUNS
+    before = ["runs", "groups", *([] if is_many else ["config"])]
+    after = [*(["config"] if is_many else []), "last", "best", "at", "speed", "environment"]
     shown_after = [tables[name] for name in after if name in tables]
     evaluation = [*([tables["evaluation"]] if "evaluation" in tables else []), *extra]
     anchors = [*(tables[name] for name in before if name in tables)]

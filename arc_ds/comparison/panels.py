@@ -100,7 +100,8 @@ def x_axes(runs: Sequence[ComparedRun], axis: Axis) -> tuple[list[Curve], str]:
         return [Curve(run.clock.steps, run.clock.steps.astype(np.float64)) for run in runs], AXES["step"]
     with_points = [run for run in runs if run.curves]
     if axis == "time" and not all(_STEP_S in run.curves for run in with_points):
-        elapsed = [run.clock.values - run.clock.values[:1] for run in runs]
+        # A host's clock may be set back.
+        elapsed = [np.maximum.accumulate(run.clock.values - run.clock.values[:1]) for run in runs]
         return [Curve(run.clock.steps, value / 3600) for run, value in zip(runs, elapsed, strict=True)], WALL_CLOCK
     needed = (_STEP_S,) if axis == "time" else (_RATE[axis][0], _STEP_S)
     lacking = [run.name for run in with_points if not all(name in run.curves for name in needed)]
@@ -239,7 +240,9 @@ def _limits(values: Floats, later: Floats, is_log: bool) -> tuple[tuple[float, f
     scaled = np.log10(values) if is_log else values
     low, high = float(scaled.min()), float(scaled.max())
     inner = (np.log10(later) if is_log else later) if len(later) > _MARKED_POINTS else scaled
-    inner_low, inner_high = (float(each) for each in np.quantile(inner, (_OUTLIERS, 1 - _OUTLIERS)))
+    # The nearest points inside, because a quantile between two points would follow a single spike.
+    inner_low = float(np.quantile(inner, _OUTLIERS, method="higher"))
+    inner_high = float(np.quantile(inner, 1 - _OUTLIERS, method="lower"))
     if inner_high > inner_low and high - low > _MUCH * (inner_high - inner_low):
         low, high = inner_low, inner_high
     margin = 0.05 * (high - low) or abs(high) * 0.05 or 1.0

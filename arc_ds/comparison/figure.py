@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arc_ds.comparison.panels import Panel
-from arc_ds.comparison.report import MAX_COLOURS, Comparison
+from arc_ds.comparison.report import MAX_COLOURS, MAX_MAIN, Comparison
 from arc_ds.comparison.tables import number
 from arc_ds.system.packages import require
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
-NUM_PANELS = 9
 _COLUMNS = 3
 # Okabe and Ito's palette, without its yellow, which is unreadable on white, and with three dark additions.
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b5549a", "#b07d00", "#3a9ed0", "#6a51a3", "#7a4a2a")
@@ -34,7 +33,7 @@ def draw_figure(comparison: Comparison, panels: Sequence[Panel], paths: Sequence
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = panels[:NUM_PANELS]
+    panels = [panel for panel in panels if panel.series][:MAX_MAIN]
     num_rows = math.ceil(len(panels) / _COLUMNS)
     num_columns = min(len(panels), _COLUMNS)
     figure = Figure(figsize=(4.6 * num_columns, 3.1 * num_rows + 0.6), dpi=130, layout="constrained")

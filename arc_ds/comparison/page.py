@@ -71,6 +71,9 @@ def _colours(comparison: Comparison) -> str:
     num = min(len(comparison.groups), MAX_COLOURS)
     rules = [f".g{place}{{--c:var(--p{place})}}" for place in range(num)]
     # Later colours are also dashed, so that lines differ without colour.
+    rules += [
+        f".many .line.g{place}{{opacity:1;stroke-width:1.5}}.many .band.g{place}{{opacity:.12}}" for place in range(num)
+    ]
     return "".join(rules) + "".join(f".line.g{place}{{stroke-dasharray:{dash}}}" for place, dash in _dashes(num))
 
 
@@ -111,7 +114,9 @@ def _curves(comparison: Comparison, panels: Sequence[Panel]) -> str:
         parts.append(f"<p class=cap>The {len(shown)} best by {escape(metric)} ({direction}) have colours.</p>")
     parts.append(f"<div class=legend>{''.join(legend)}</div>")
     drawn = [panel for panel in panels if panel.series]
-    for section, members in groupby(drawn, key=lambda panel: panel.metric.partition("/")[0]):
+    main = set(comparison.metrics[: comparison.num_main])
+    sections = groupby(drawn, key=lambda panel: "" if panel.metric in main else panel.metric.partition("/")[0])
+    for section, members in sections:
         parts.append(f"<h3>{escape(section)}</h3><div class=grid-of>{''.join(map(_figure, members))}</div>")
     if len(drawn) < len(panels):
         names = ", ".join(panel.metric for panel in panels if not panel.series)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ from arc_ds.errors import DataError
 
 FEW_RUNS = 6  # so many runs are columns; more are rows
 MAX_COLOURS = 8
+MAX_MAIN = 9
 _CONFIG_COLUMNS = 6
 _BINS_FEW, _BINS_MANY = 240, 100
 _LOG_SCALED = ("loss", "nll", "perplexity", "grad_norm", "lr/")
@@ -66,7 +68,7 @@ class Comparison:
     """The comparison of runs.
 
     groups: seeds grouped; the best group comes first.
-    metrics: shown metrics, the most important ones first.
+    metrics: shown metrics; the first `num_main` of them are the main ones.
     tables: "runs", "groups" if there are seeds, "config", "last", "best", "at", "evaluation", "speed", "environment";
         those without rows are left out.
     notes: sentences about faults and about what the reader must know.
@@ -77,6 +79,7 @@ class Comparison:
     best: tuple[str, Direction]
     at_step: int
     metrics: tuple[str, ...]
+    num_main: int
     tables: dict[str, Table]
     x_label: str
     notes: tuple[str, ...]
@@ -110,7 +113,9 @@ def compare_runs(runs: Sequence[ComparedRun], options: Options) -> Comparison:
     every = metric_names(runs)
     best, direction = parse_best(options.best, every)
     runs = [runs[place] for place in order_by(runs, best, direction)]
-    metrics = _by_importance(select_metrics(options.metrics, every), best)
+    selected = select_metrics(options.metrics, every)
+    main = main_metrics(selected, best)
+    metrics = _by_importance(selected, main)
     at_step = common_step(runs) if options.at_step is None else options.at_step
     if at_step < 0:
         raise DataError(f"--at is {at_step}; expected a step from 0 on.")
@@ -134,6 +139,7 @@ def compare_runs(runs: Sequence[ComparedRun], options: Options) -> Comparison:
         best=(best, direction),
         at_step=at_step,
         metrics=tuple(metrics),
+        num_main=len(main),
         tables={table.name: table for table in tables if table.rows},
         x_label=x_label,
         notes=tuple(_notes(runs, differences, at_step, options.axis)),
@@ -155,22 +161,22 @@ def _by_mean(
     return sorted(groups, key=key)
 
 
-def _by_importance(metrics: Sequence[str], best: str) -> list[str]:
-    """The metrics by section, which is the first part of their name. The section of `best` comes first."""
-    section = best.partition("/")[0]
-    first = ("train/", "validation/", "eval/", "lr/", "speed/", "memory/")
+def main_metrics(metrics: Sequence[str], best: str) -> list[str]:
+    """The metrics that tell most: the one that orders the runs, the loss, held-out losses, gaps and scores."""
+    patterns = (re.escape(best), "train/loss", ".*/nll_compressed", "eval/.*/(em|f1|rouge_l|bleu)", ".*/gap_closed")
+    found = [name for pattern in patterns for name in metrics if re.fullmatch(pattern, name)]
+    return list(dict.fromkeys(found))[:MAX_MAIN]
 
-    def key(name: str) -> tuple[bool, int, bool, bool, str]:
-        place = next((idx for idx, start in enumerate(first) if name.startswith(start)), len(first))
-        return (
-            name.partition("/")[0] != section,
-            place,
-            name != best,
-            not name.endswith(("train/loss", "nll_compressed", "gap_closed", "f1")),
-            name,
-        )
 
-    return sorted(metrics, key=key)
+def _by_importance(metrics: Sequence[str], main: Sequence[str]) -> list[str]:
+    """The main metrics, and then the others by section, which is the first part of their name."""
+    sections = ("train", "validation", "eval", "lr", "speed", "memory")
+
+    def key(name: str) -> tuple[int, str]:
+        section = name.partition("/")[0]
+        return sections.index(section) if section in sections else len(sections), name
+
+    return [*main, *sorted(set(metrics) - set(main), key=key)]
 
 
 def _cell(point: Point | None, with_step: bool = False) -> Cell:

@@ -267,3 +267,11 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
         "best": {"step": 1, "value": 2.0},
         "at": {"step": 2, "value": "nan"},
     }
+
+
+def test_the_main_metrics_come_first_and_the_others_by_section() -> None:
+    metrics = ("memory/a", "speed/b", "train/loss", "train/labels", NLL, "eval/squad/f1", "zzz")
+    run = make_run("a", {name: {1: 1.0} for name in metrics})
+    comparison = compare_runs([run], Options(best="eval/squad/f1"))
+    assert comparison.metrics[: comparison.num_main] == ("eval/squad/f1", "train/loss", NLL)
+    assert comparison.metrics[comparison.num_main :] == ("train/labels", "speed/b", "memory/a", "zzz")

@@ -230,7 +230,7 @@ def _mean_and_band(lines: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floa
 def _limits(values: Floats, later: Floats, is_log: bool) -> tuple[tuple[float, float], int]:
     """Shown range, and number of values outside.
 
-    The warm-up and rare outliers are cut off if they would flatten everything else.
+    The warm-up and rare outliers are cut off if they would flatten everything else. Few values are all shown.
 
     values: all drawn values.
     later: the values after the warm-up.
@@ -243,7 +243,7 @@ def _limits(values: Floats, later: Floats, is_log: bool) -> tuple[tuple[float, f
     # The nearest points inside, because a quantile between two points would follow a single spike.
     inner_low = float(np.quantile(inner, _OUTLIERS, method="higher"))
     inner_high = float(np.quantile(inner, 1 - _OUTLIERS, method="lower"))
-    if inner_high > inner_low and high - low > _MUCH * (inner_high - inner_low):
+    if len(values) > _MARKED_POINTS and inner_high > inner_low and high - low > _MUCH * (inner_high - inner_low):
         low, high = inner_low, inner_high
     margin = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
     low, high = low - margin, high + margin

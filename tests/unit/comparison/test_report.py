@@ -275,3 +275,8 @@ def test_the_main_metrics_come_first_and_the_others_by_section() -> None:
     comparison = compare_runs([run], Options(best="eval/squad/f1"))
     assert comparison.metrics[: comparison.num_main] == ("eval/squad/f1", "train/loss", NLL)
     assert comparison.metrics[comparison.num_main :] == ("train/labels", "speed/b", "memory/a", "zzz")
+
+
+def test_few_points_are_all_shown() -> None:
+    (panel,) = make_panels(compare_runs([make_run("a", {"eval/qa/f1": {1: 5.0, 2: 50.0, 3: 51.0}})], Options()))
+    assert panel.limits[0] < 5 and panel.note == ""

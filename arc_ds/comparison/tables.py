@@ -99,13 +99,12 @@ def to_csv(table: Table) -> str:
     return text.getvalue()
 
 
-def to_html(table: Table, *, is_sortable: bool = True) -> str:
+def to_html(table: Table) -> str:
     """The table as HTML. Cells of a group have its colour and the attribute `data-g`."""
     head = "".join(f'<th scope="col">{_breakable(column)}</th>' for column in table.columns)
     rows = "".join(f"<tr{_group_of(row)}>{''.join(map(_html_cell, row))}</tr>" for row in table.rows)
     caption = f"<p class=cap>{escape(table.caption)}</p>" if table.caption else ""
-    kind = "sortable" if is_sortable else ""
-    body = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    body = f"<table class=sortable><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return f"{caption}<div class=scroll>{body}</div>"
 
 

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
     if not args.runs and args.experiment is None:
         raise ConfigError(
-            "nothing to compare. Give runs, or --experiment NAME. `arc-ds compare --help` shows examples."
+            "nothing to compare. Give runs, or --experiment NAME. `arc-ds compare --help` lists the options."
         )
     target = None if args.log_to is None else _log_target(args.log_to, args.tracking_uri)
     inputs = find_inputs(args.runs, args.experiment, args.tracking_uri)

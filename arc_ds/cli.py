@@ -34,6 +34,7 @@ COMMANDS = {
     "compress": Command("arc_ds.commands.compress", "compress texts into vectors"),
     "generate": Command("arc_ds.commands.generate", "let a decoder continue prompts with compressed contexts"),
     "eval": Command("arc_ds.commands.eval", "evaluate systems on datasets, score, compare and report"),
+    "compare": Command("arc_ds.commands.compare", "compare training runs: configs, curves, scores, speed and memory"),
     "serve": Command("arc_ds.commands.serve", "serve OpenAI's API; documents are read in compressed form"),
     "ui": Command("arc_ds.commands.ui", "open the MLflow store of a folder of runs in a browser"),
     "doctor": Command("arc_ds.commands.doctor", "check this machine and say how to fix what is missing"),

@@ -196,6 +196,7 @@ class MetricsHook(Hook):
                 f"speed/{name}_per_s": totals.sums[name] / elapsed
                 for name in ("encoder_tokens", "decoder_rows", "labels")
             },
+            "speed/tflops_per_s": totals.flops / elapsed / 1e12,
             "speed/step_s": elapsed / totals.num_steps,
             "speed/data_wait_share": totals.waited_s / elapsed,
             "speed/data_wait_s": totals.waited_s / totals.num_steps,

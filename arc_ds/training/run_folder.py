@@ -1,6 +1,7 @@
 """The run's folder: its contents, the checkpoint to resume from, and checks against overwriting saved work.
 
 RUN/config.yaml         the resolved config of the last start
+RUN/facts.json          host, device, versions, data digests and DeepSpeed's JSON of the last start
 RUN/checkpoints/        see `checkpoint.py`
 RUN/metrics.jsonl       every metric of every step
 RUN/system_metrics/     load of each host
@@ -54,7 +55,7 @@ from arc_ds.training.run import InputDigests, Run
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "config.yaml"
+CONFIG_NAME, FACTS_NAME = "config.yaml", "facts.json"
 CHECKPOINTS = "checkpoints"
 _ANOTHER = "Use another checkpoint of the run."
 _SHARED_WITHIN_S = 90.0  # NFS shows new files after up to a minute
@@ -185,6 +186,7 @@ class RunFolder:
             if dist.is_main():
                 run.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(run.folder / CONFIG_NAME, dump_yaml(config))
+                write_whole(run.folder / FACTS_NAME, _facts_of_start(run, hosts))
                 self._tracker = _open_tracker(config, run, mlflow_run_id, hosts)
             every_s = config.tracking.system_metrics_every_s if config.tracking.mlflow else 0
             if every_s and hosts.index(host) == dist.rank():
@@ -333,6 +335,24 @@ def without_secrets(config: RunConfig) -> RunConfig:
     return replace(config, data=replace(data, sources=shown(data.sources), validation=held_out), tracking=tracking)
 
 
+def _facts_of_start(run: Run, hosts: Sequence[str]) -> str:
+    """Content of `facts.json`: tags, data digests and DeepSpeed's JSON, as MLflow gets them. hosts: of each rank."""
+    facts = {
+        "tags": _tags(run, hosts),
+        "datasets": {Path(source.shards.name).name: source.shards.fingerprint for source in run.data.sources},
+        "deepspeed": run.ds_config,
+    }
+    return json.dumps(facts, indent=1) + "\n"
+
+
+def _tags(run: Run, hosts: Sequence[str]) -> dict[str, str]:
+    return environment_tags(
+        device=describe_device(run.device),
+        hosts=hosts,
+        placements={name: placed.placement for name, placed in zip(run.decoder_names, run.decoders, strict=True)},
+    )
+
+
 def _open_tracker(config: RunConfig, run: Run, mlflow_run_id: str | None, hosts: Sequence[str]) -> Tracker:
     """The tracker of the run, with MLflow if the config enables it. For rank 0. hosts: host of each rank."""
     if not config.tracking.mlflow:
@@ -341,11 +361,7 @@ def _open_tracker(config: RunConfig, run: Run, mlflow_run_id: str | None, hosts:
     facts = RunFacts(
         params=flatten(shown),
         artifacts={CONFIG_NAME: dump_yaml(shown), "deepspeed.json": json.dumps(run.ds_config, indent=2)},
-        tags=environment_tags(
-            device=describe_device(run.device),
-            hosts=hosts,
-            placements={name: placed.placement for name, placed in zip(run.decoder_names, run.decoders, strict=True)},
-        ),
+        tags=_tags(run, hosts),
         datasets={source.shards.name: source.shards.fingerprint for source in run.data.sources},
         held_out=None if run.validator is None else run.validator.fingerprint,
         source_checkpoint=None

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from arc_ds.comparison.folders import read_run_folder
+from arc_ds.comparison.mlflow_runs import find_run, open_store, read_runs
 from arc_ds.config.load import load_config
 from arc_ds.errors import ConfigError
 from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED
@@ -27,6 +29,7 @@ from arc_ds.launch.status import read_statuses
 from arc_ds.system.dist import free_port
 from arc_ds.system.processes import die_with_parent
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
+from arc_ds.tracking.registration import find_mlflow_run
 from arc_ds.training.run_folder import lock_run_folder
 from tests.helpers.tiny_run import (
     EVERY,
@@ -77,6 +80,7 @@ def test_one_rank_killed_and_resumed_repeats_the_run_to_the_last_bit(config: Pat
     assert code == EXIT_OK, console
     _assert_same_run(killed, whole)
     _assert_one_point_a_step(killed)
+    _assert_compared_alike(killed)
 
 
 def test_two_ranks_of_which_one_is_lost_and_stopped_repeat_the_run_to_the_last_bit(
@@ -251,3 +255,17 @@ def test_a_run_keeps_others_out_of_its_folder_until_it_ends_in_any_way(config: P
     process.wait()
     with lock_run_folder(loaded):
         pass
+
+
+def _assert_compared_alike(run: Path) -> None:
+    """`arc-ds compare` reads the same from the run's folder as from MLflow, except the times of repeated steps."""
+    store_uri, run_id = find_mlflow_run(run, None)
+    store = open_store(store_uri)
+    (stored,) = read_runs(store, [find_run(store, run_id)])
+    own = read_run_folder(run)
+    assert {name: curve.steps.tolist() for name, curve in own.curves.items()} == {
+        name: curve.steps.tolist() for name, curve in stored.curves.items()
+    }
+    assert own.curves["train/loss"].values.tolist() == stored.curves["train/loss"].values.tolist()
+    assert own.config.items() <= stored.config.items() and own.facts.items() <= stored.facts.items()
+    assert {"digest.train", "deepspeed.zero_optimization.stage"} <= own.config.keys() and own.facts["world_size"] == "1"

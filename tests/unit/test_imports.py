@@ -21,7 +21,7 @@ LAYERS = (
     ("shards", "data", "model"),
     ("launch", "checkpoints", "tracking", "inference", "planning"),
     ("evaluation",),
-    ("training", "export", "demo", "serving"),
+    ("training", "export", "demo", "serving", "comparison"),
     ("commands",),
     ("cli", "train", "arc_ds"),
 )

@@ -1,0 +1,86 @@
+"""Arguments of `arc-ds compare` as runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from arc_ds.comparison.evaluation import is_result_folder
+from arc_ds.comparison.folders import find_run_folders, read_run_folder
+from arc_ds.comparison.mlflow_runs import Store, find_run, open_store, read_runs, runs_of_experiment
+from arc_ds.comparison.runs import ComparedRun, with_unique_names
+from arc_ds.errors import ConfigError, DataError
+from arc_ds.system.user_paths import user_path
+from arc_ds.tracking.uris import URI_VARIABLE, sqlite_uri
+
+_DATABASE = "mlflow.db"
+
+
+class Inputs(NamedTuple):
+    """What the arguments name. runs: runs with unique names. results: result folders of evaluations."""
+
+    runs: tuple[ComparedRun, ...]
+    results: tuple[Path, ...]
+
+
+def find_inputs(names: Sequence[str], experiment: str | None, uri: str | None) -> Inputs:
+    """Read all runs that the arguments name, in their order and then those of the experiment, each once.
+
+    names: folders of runs, folders that hold runs, result folders, ids or names of runs in MLflow.
+    experiment: name of an experiment in MLflow.
+    uri: tracking store, see `find_store`.
+
+    Raises DataError if a name is unknown, and ConfigError if there is no store to look it up in.
+    """
+    paths = {name: Path(user_path(name)) for name in names}
+    results = [path for path in paths.values() if is_result_folder(path)]
+    folders = {name: find_run_folders(path) for name, path in paths.items() if path.exists() and path not in results}
+    unknown = [name for name, path in paths.items() if not path.exists()]
+    stored = {}
+    if unknown or experiment is not None:
+        store = find_store(uri, unknown)
+        wanted = {name: [find_run(store, name)] for name in unknown}
+        if experiment is not None:
+            wanted[""] = runs_of_experiment(store, experiment)
+        flat = {run.info.run_id: run for found in wanted.values() for run in found}
+        read = dict(zip(flat, read_runs(store, list(flat.values())), strict=True))
+        stored = {name: [read[run.info.run_id] for run in found] for name, found in wanted.items()}
+    places = {place.resolve(): place for found in folders.values() for place in found}
+    bar = tqdm(places.items(), desc="read runs", unit="run", disable=None, leave=False)
+    by_place = {resolved: read_run_folder(place) for resolved, place in bar}
+    in_order = {name: [by_place[place.resolve()] for place in found] for name, found in folders.items()} | stored
+    runs = list({run.source: run for name in (*paths, "") for run in in_order.get(name, ())}.values())
+    labels = with_unique_names([(run.name, run.source) for run in runs])
+    return Inputs(tuple(_renamed(run, label) for run, label in zip(runs, labels, strict=True)), tuple(results))
+
+
+def _renamed(run: ComparedRun, name: str) -> ComparedRun:
+    return replace(run, name=name)
+
+
+def find_store(uri: str | None, wanted: Sequence[str] = ()) -> Store:
+    """Open the tracking store: the given one, that of MLFLOW_TRACKING_URI, or the first `mlflow.db` of $RUNS, the
+    current folder and ./runs.
+
+    wanted: names that are looked up, for the error.
+
+    Raises ConfigError if there is none, and StorageError if it does not answer.
+    """
+    given = user_path(uri or os.environ.get(URI_VARIABLE, ""))
+    if given:
+        return open_store(sqlite_uri(Path(given).resolve()) if Path(given).is_file() else given)
+    places = [Path(each) / _DATABASE for each in (os.environ.get("RUNS") or ".", ".", "runs")]
+    database = next((each for each in places if each.is_file()), None)
+    if database is None:
+        subject = f"no folder {wanted[0]!r} exists here, and no MLflow store" if wanted else "no MLflow store"
+        error = DataError if wanted else ConfigError
+        raise error(
+            f"{subject} was found (looked for {', '.join(dict.fromkeys(map(str, places)))}). Give the folder of the "
+            "run, or the store with --tracking-uri, such as sqlite:///runs/mlflow.db or http://host:5000."
+        )
+    return open_store(sqlite_uri(database.resolve()))

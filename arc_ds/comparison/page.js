@@ -1,0 +1,66 @@
+"use strict";
+// Sorting: a click on a column's head. Numbers stand in data-v.
+document.querySelectorAll("table.sortable th").forEach((th) => th.addEventListener("click", () => {
+  const body = th.closest("table").tBodies[0], at = th.cellIndex;
+  const down = th.getAttribute("aria-sort") === "ascending";
+  th.parentNode.querySelectorAll("th").forEach((each) => each.removeAttribute("aria-sort"));
+  th.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const key = (row) => { const cell = row.cells[at], v = cell.dataset.v; return v === undefined ? cell.textContent : +v; };
+  const empty = (k) => k === "–" || Number.isNaN(k);
+  const order = (a, b) => {
+    const x = key(a), y = key(b);
+    if (empty(x) || empty(y)) return empty(x) - empty(y);
+    const less = typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y));
+    return down ? -less : less;
+  };
+  [...body.rows].sort(order).forEach((row) => body.append(row));
+}));
+// Highlight: a click on a run in the legend or in a table.
+const pins = new Set();
+const drawPins = () => {
+  document.body.classList.toggle("pinned", pins.size > 0);
+  document.querySelectorAll("[data-g]").forEach((each) => {
+    each.classList.toggle(each.tagName === "TR" ? "on" : "pin", pins.has(each.dataset.g));
+  });
+};
+document.querySelectorAll("tr[data-g], .legend [data-g]").forEach((each) => each.addEventListener("click", () => {
+  const g = each.dataset.g;
+  pins.has(g) ? pins.delete(g) : pins.add(g);
+  drawPins();
+}));
+// Filter of the plots by the name of the metric.
+const filter = document.getElementById("filter");
+if (filter) filter.addEventListener("input", () => document.querySelectorAll("figure").forEach((each) => {
+  each.classList.toggle("hide", !each.dataset.m.toLowerCase().includes(filter.value.toLowerCase()));
+}));
+// Values under the pointer: the nearest drawn point.
+const tip = document.getElementById("tip"), cache = new WeakMap();
+const pointsOf = (path) => {
+  if (!cache.has(path)) cache.set(path, path.getAttribute("d").slice(1).replace(/h0/g, "").split(/[LM]/).map((p) => p.split(" ").map(Number)));
+  return cache.get(path);
+};
+const show = (value) => (Math.abs(value) >= 1e5 || (value && Math.abs(value) < 1e-3) ? value.toExponential(3) : +value.toPrecision(5) + "");
+document.querySelectorAll("figure svg").forEach((svg) => {
+  svg.addEventListener("mouseleave", () => { tip.style.display = "none"; });
+  svg.addEventListener("mousemove", (event) => {
+    const box = svg.getBoundingClientRect(), [, , w, h] = svg.getAttribute("viewBox").split(" ").map(Number);
+    const px = ((event.clientX - box.left) / box.width) * w, py = ((event.clientY - box.top) / box.height) * h;
+    let best = null, distance = 900;
+    svg.querySelectorAll("[data-l]").forEach((path) => {
+      if (pins.size && !pins.has(path.dataset.g)) return;
+      for (const [x, y] of pointsOf(path)) {
+        const d = (x - px) ** 2 + (y - py) ** 2;
+        if (d < distance) { distance = d; best = [path, x, y]; }
+      }
+    });
+    if (!best) { tip.style.display = "none"; return; }
+    const [path, x, y] = best, [x0, x1] = svg.dataset.x.split(",").map(Number), [y0, y1] = svg.dataset.y.split(",").map(Number);
+    const frame = svg.querySelector("rect"), at = (name) => +frame.getAttribute(name);
+    const vx = x0 + ((x - at("x")) / at("width")) * (x1 - x0);
+    const vy = y1 - ((y - at("y")) / at("height")) * (y1 - y0);
+    tip.textContent = `${path.dataset.l}: ${show(svg.dataset.log === "1" ? 10 ** vy : vy)} at ${show(vx)}`;
+    tip.style.display = "block";
+    tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + "px";
+    tip.style.top = event.clientY + 16 + "px";
+  });
+});

@@ -1,0 +1,73 @@
+"""Differences of configs, short values, and groups of seeds."""
+
+from __future__ import annotations
+
+import pytest
+
+from arc_ds.comparison.configs import config_differences, fact_differences, group_by_seed, shorten
+from tests.helpers.compared_runs import make_run
+
+
+def run(name: str, **config: str):
+    return make_run(name, {}, {"seed": "0", "run_dir": f"/runs/{name}", **config})
+
+
+def test_only_differing_keys_are_shown_and_names_of_runs_are_not() -> None:
+    runs = [run("a", lr="0.1", steps="9"), run("b", lr="0.2", steps="9", new="x")]
+    assert config_differences(runs) == {"lr": ["0.1", "0.2"], "new": ["–", "x"]}
+
+
+def test_a_run_without_a_config_makes_no_differences() -> None:
+    assert config_differences([run("a", lr="0.1"), make_run("b", {}, {})]) == {}
+
+
+def test_facts_that_differ_are_shown() -> None:
+    runs = [make_run(name, {}, facts={"host": name, "device": "cpu"}) for name in "ab"]
+    assert fact_differences(runs) == {"host": ["a", "b"]}
+
+
+def test_runs_that_differ_in_the_seed_only_are_a_group() -> None:
+    runs = [
+        run("lr1_seed0", lr="0.1", **{"tracking.run_name": "x"}),
+        run("lr2", lr="0.2"),
+        run("lr1_seed1", lr="0.1", seed="1"),
+    ]
+    groups = group_by_seed(runs, config_differences(runs))
+    assert [(group.label, group.members) for group in groups] == [("lr1 (2 seeds)", (0, 2)), ("lr2", (1,))]
+
+
+def test_runs_without_configs_are_never_a_group() -> None:
+    runs = [make_run("a", {}, {}), make_run("b", {}, {})]
+    assert [group.members for group in group_by_seed(runs, {})] == [(0,), (1,)]
+
+
+def test_groups_of_one_label_are_told_apart() -> None:
+    runs = [run("x_s0", lr="1"), run("x_s1", lr="1", seed="1"), run("x_s2", lr="2"), run("x_s3", lr="2", seed="1")]
+    labels = [group.label for group in group_by_seed(runs, config_differences(runs))]
+    assert labels == ["x (2 seeds) [x_s0]", "x (2 seeds) [x_s2]"]
+
+
+def test_short_values_stay_as_they_are() -> None:
+    assert shorten(["0.1", "0.2"]) == ["0.1", "0.2"]
+
+
+def test_long_paths_keep_the_part_that_differs() -> None:
+    values = [f"/data/projects/arc/shards/wikipedia-{year}/train/part" for year in (2025, 2026)]
+    assert shorten(values) == ["…2025…", "…2026…"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["a" * 100, "a" * 101],
+        ["x" * 50 + "1" + "y" * 50, "x" * 50 + "2" + "y" * 50],
+        ["/very/long/path/" * 5 + "a", "–", "/very/long/path/" * 5 + "a", "short"],
+        ["/very/long/path/" * 5, "/very/long/path/" * 4],
+    ],
+)
+def test_different_values_stay_different_and_equal_ones_equal(values: list[str]) -> None:
+    short = shorten(values)
+    for one, one_short in zip(values, short, strict=True):
+        assert len(one_short) <= 48
+        for other, other_short in zip(values, short, strict=True):
+            assert (one == other) == (one_short == other_short)

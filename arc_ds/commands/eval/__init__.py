@@ -13,6 +13,7 @@ SUBCOMMANDS: tuple[str, ...] = (
     "score",
     "compare",
     "import_",
+    "report",
 )
 
 

@@ -188,7 +188,7 @@ def _difference(ours: TaskStats, theirs: TaskStats, metric: Metric, draws_R: NDA
     has_few_seeds = max(len(ours.by_metric[metric]), len(theirs.by_metric[metric])) < 3
     is_closed_form = is_mean(metric) and has_few_seeds
     stderr = stderr_of(ours, influence(theirs, metric) - influence(ours, metric) if is_closed_form else None, draws_R)
-    low, high = percentile_interval(draws_R) if ours.num_clusters > 1 else (float("nan"), float("nan"))
+    low, high = percentile_interval(draws_R, ours.num_clusters)
     p, test = _test(ours, theirs, metric)
     return Difference(
         first=first,
@@ -234,7 +234,7 @@ def _sign_flip_p(ours: TaskStats, theirs: TaskStats, metric: Metric) -> float:
 
 def _average(headlines: list[Difference], draws: list[NDArray[np.float64]]) -> Difference:
     draws_R = np.mean(draws, axis=0)
-    low, high = percentile_interval(draws_R)
+    low, high = percentile_interval(draws_R, min(each.num_clusters for each in headlines))
     stderr = float(draws_R.std(ddof=1))
     return Difference(
         first=float(np.mean([each.first for each in headlines])),

@@ -211,11 +211,6 @@ def is_mean(metric: Metric) -> bool:
     return metric not in ("bleu", "bleu_other_case", "chrf")
 
 
-def is_better_low(metric: Metric) -> bool:
-    """Whether a lower score is better."""
-    return metric == "nll"
-
-
 def _bleu(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     """BLEU of sacrebleu's ten counts (lengths of system and reference, four of matches, four of n-grams).
 

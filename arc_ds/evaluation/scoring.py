@@ -120,7 +120,7 @@ def score_system(system: SystemResults, num_draws: int = NUM_DRAWS) -> SystemSco
 def average_of(scores: Sequence[tuple[Score, NDArray[np.float64]]]) -> Score:
     """The mean of the scores of several tasks, each with its draws [R]."""
     draws_R = np.mean([draws for _, draws in scores], axis=0)
-    low, high = percentile_interval(draws_R)
+    low, high = percentile_interval(draws_R, min(score.num_clusters for score, _ in scores))
     return Score(
         value=float(np.mean([score.value for score, _ in scores])),
         low=low,
@@ -295,7 +295,7 @@ def influence(stats: TaskStats, metric: Metric) -> NDArray[np.float64]:
 def score_of_task(stats: TaskStats, metric: Metric, draws_R: NDArray[np.float64]) -> Score:
     """The score of one metric, with the interval of its draws."""
     seeds_S = seed_scores(stats, metric)
-    low, high = percentile_interval(draws_R) if stats.num_clusters > 1 else (float("nan"), float("nan"))
+    low, high = percentile_interval(draws_R, stats.num_clusters)
     return Score(
         value=float(seeds_S.mean()),
         low=low,

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Scores result folders and JSONL files of any program. Each line needs id, task, prediction and references; "
         "cluster names samples that are not independent, such as questions on one paragraph. Intervals are those of a "
-        "bootstrap over clusters. --json prints {task: {metric: {value, low, high, n}}} in points of 100; with several "
-        "systems, an object of these by the systems' names."
+        "bootstrap over clusters. --json prints {task: {metric: {value, low, high, n}}} in points of 100, and nll in "
+        "nats per token; with several systems, an object of these by the systems' names."
     )
     add_results(parser, "FILE")
 

@@ -20,6 +20,7 @@ from arc_ds.evaluation.statistics import (
     permutation_p,
     seed_weights,
     sign_flip_sums,
+    student_quantile,
 )
 
 
@@ -42,9 +43,19 @@ def test_the_clustered_error_is_that_of_statsmodels() -> None:
 
 def test_the_bootstrap_interval_is_that_of_scipy() -> None:
     x = np.random.default_rng(0).exponential(size=300)
-    low, high = percentile_interval(bootstrap_sums(x[:, None], "x")[:, 0] / len(x))
+    low, high = percentile_interval(bootstrap_sums(x[:, None], "x")[:, 0] / len(x), len(x))
     interval = scipy.stats.bootstrap((x,), np.mean, n_resamples=10_000, method="percentile", rng=1).confidence_interval
     assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.05 * (high - low))
+
+
+def test_few_clusters_have_wider_intervals() -> None:
+    for degrees, tolerance in ((3, 0.01), (9, 1e-3), (100, 1e-6)):
+        assert student_quantile(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), rel=tolerance)
+    draws = np.random.default_rng(0).normal(size=10_000)
+    intervals = [percentile_interval(draws, num) for num in (5, 50, 10**6)]
+    assert intervals[0][0] < intervals[1][0] < intervals[2][0] and intervals[0][1] > intervals[1][1] > intervals[2][1]
+    assert intervals[2] == pytest.approx(np.percentile(draws, (2.5, 97.5)), rel=1e-4)
+    assert np.isnan(percentile_interval(draws, 1)).all()
 
 
 def test_systems_and_metrics_see_the_same_draws() -> None:
@@ -73,14 +84,15 @@ def test_ten_thousand_draws_at_the_size_of_nq_take_less_than_a_second() -> None:
 
 
 def test_the_interval_covers_the_truth_in_95_percent_of_experiments() -> None:
-    """1,500 experiments of 150 clusters of unequal size: the columns of one matrix, so that one call draws for all."""
-    num_experiments, num_clusters = 1500, 150
+    """2,000 experiments of 60 clusters of unequal size: the columns of one matrix, so that one call draws for all."""
+    num_experiments, num_clusters = 2000, 60
     random = np.random.default_rng(4)
     sizes = random.integers(1, 10, (num_clusters, num_experiments))
     means = random.beta(2, 3, (num_clusters, num_experiments))  # of the exact match of one cluster; its mean is 0.4
     right = random.binomial(sizes, means)
     sums = bootstrap_sums(np.hstack([right, sizes]).astype(float), "coverage", 1500)
-    low, high = np.percentile(sums[:, :num_experiments] / sums[:, num_experiments:], (2.5, 97.5), axis=0)
+    draws = (sums[:, :num_experiments] / sums[:, num_experiments:]).T
+    low, high = np.array([percentile_interval(each, num_clusters) for each in draws]).T
     assert np.mean((low <= 0.4) & (high >= 0.4)) == pytest.approx(0.95, abs=0.01)
 
     value = right.sum(axis=0) / sizes.sum(axis=0)

@@ -368,7 +368,8 @@ def _gap(
     if floor <= open_book:
         return None
     floor_R = np.min([draws[role] for role in floors], axis=0)
-    low, high = percentile_interval((floor_R - system.draws[task]["nll"]) / (floor_R - draws["open"]))
+    gaps_R = (floor_R - system.draws[task]["nll"]) / (floor_R - draws["open"])
+    low, high = percentile_interval(gaps_R, system.stats[task].num_clusters)
     return GapClosed((floor - system.scores[task]["nll"].value) / (floor - open_book), low, high)
 
 

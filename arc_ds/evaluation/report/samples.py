@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arc_ds.evaluation.metrics import is_better_low, score_of
+from arc_ds.evaluation.metrics import score_of
 from arc_ds.evaluation.results import Prediction, SystemResults
 from arc_ds.evaluation.scoring import TaskStats
 
@@ -57,7 +57,7 @@ def differing_samples(
     """
     metric = ours.headline
     first_N, second_N = (score_of(metric, stats.by_metric[metric]).mean(axis=0) for stats in (ours, theirs))
-    gains_N = (second_N - first_N) * (-1 if is_better_low(metric) else 1)
+    gains_N = (second_N - first_N) * (-1 if metric == "nll" else 1)  # lower NLL is better
     is_better_N, is_worse_N = gains_N > _SAME, gains_N < -_SAME
     first, second = (_sorted_answers(system, ours.task) for system in (baseline, other))
     found = []

@@ -11,7 +11,7 @@ from typing import Any
 
 from arc_ds.config.load import flatten_tree
 from arc_ds.evaluation.comparison import Difference
-from arc_ds.evaluation.metrics import is_better_low, metrics_of, signature
+from arc_ds.evaluation.metrics import metrics_of, signature
 from arc_ds.evaluation.report.content import GapClosed, Report, ReportSystem, description_of
 from arc_ds.evaluation.report.paper import PaperRow, paper_rows
 from arc_ds.evaluation.scoring import Score, is_bleu_lowercase
@@ -115,7 +115,7 @@ def _score_cell(report: Report, system: ReportSystem, task: str) -> Cell:
     difference = found.by_task.get(task, {}).get(report.headline(task)) if found else None
     if difference is None or (difference.p_holm or 0.0) >= SIGNIFICANT:
         return cell
-    is_gain = (difference.value > 0) != is_better_low(report.headline(task))
+    is_gain = (difference.value > 0) != (report.headline(task) == "nll")
     return cell._replace(text=f"{cell.text} {'▲' if is_gain else '▼'}")
 
 

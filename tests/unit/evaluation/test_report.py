@@ -165,9 +165,9 @@ def write_lines(path, predictions):
     return str(path)
 
 
-def hostile_files(root, num=6, filler=""):
+def hostile_files(root, num=6, length=0):
     """Predictions files of two systems whose every text is hostile. One is right, the other one is wrong."""
-    text = f"{HOSTILE}{filler}"
+    text = f"{HOSTILE}{'x' * length}"
     files = []
     for name, given in (("a" + HOSTILE, text), ("b" + HOSTILE, "wrong " + text)):
         lines = [
@@ -179,7 +179,7 @@ def hostile_files(root, num=6, filler=""):
                 system=name,
                 decoder=HOSTILE,
                 stop=HOSTILE,
-                others={"question": text},
+                others={"question": HOSTILE + "&" * length},
             )
             for n in range(num)
         ]
@@ -198,7 +198,7 @@ def test_hostile_texts_stay_texts(tmp_path):
 
 
 def test_the_page_of_many_long_answers_stays_small(tmp_path):
-    files = hostile_files(tmp_path, num=400, filler="&" * 500)
+    files = hostile_files(tmp_path, num=400, length=5000)
     page = report_page(make_report(read_systems(files), num_draws=DRAWS), with_paper=False)
     assert len(page) < 3e6 and Tags(page).names["article"] == 300
     assert "300 of 400 pairs" in page

@@ -15,6 +15,7 @@ from arc_ds.evaluation.report.tables import AVERAGE, METRICS, TITLES, digits_of,
 from arc_ds.evaluation.scoring import Score
 from arc_ds.evaluation.task import Metric
 from arc_ds.pages.axes import log_ticks, nice_ticks
+from arc_ds.pages.frame import NUM_COLOURS
 
 _WIDTH = 430
 _ROW = 20  # height of a row of a dot plot
@@ -24,6 +25,7 @@ _MAX_LABEL = 24
 _HEIGHT = 250
 _LEFT, _RIGHT = 44, 12  # of a scatter plot
 _LINE = 12  # height of a label
+Box = tuple[float, float, float, float]
 
 
 class Point(NamedTuple):
@@ -213,42 +215,47 @@ def scatter_plot(points: Sequence[Point], x_label: str, unit: str) -> str:
 
 
 def _labels(points: Sequence[Point], x_of: Callable[[float], float], y_of: Callable[[float], float]) -> list[str]:
-    """The names of points beside them. A name moves up or down, with a line to its point, if its place is taken."""
-    # Boxes (left, top, right, bottom) that names must not cover: markers and intervals first.
+    """The names of points beside them. A name moves, with a line to its point, if its place is taken."""
+    # Boxes (left, top, right, bottom) that names avoid. If there is no room, they may cover intervals.
+    intervals = [(x_of(p.x) - 2, y_of(p.high), x_of(p.x) + 2, y_of(p.low)) for p in points if not math.isnan(p.low)]
     taken = [(x_of(p.x) - 5, y_of(p.value) - 5, x_of(p.x) + 5, y_of(p.value) + 5) for p in points]
-    taken += [(x_of(p.x) - 2, y_of(p.high), x_of(p.x) + 2, y_of(p.low)) for p in points if not math.isnan(p.low)]
     parts = []
     for point in sorted(points, key=lambda each: -each.value):
         x, y, text = x_of(point.x), y_of(point.value), _short(point.label)
-        width = _CHAR * len(text)
-        is_right = x + 9 + width < _WIDTH
-        start = x + 9 if is_right else x - 9 - width
-        moves = sorted((k * sign for k in range(0, 20) for sign in (1, -1)), key=abs)
-        tops = [y - _LINE / 2 + _LINE * move for move in moves]
-        inside = [top for top in tops if _TOP + _LINE <= top <= _HEIGHT - _BOTTOM - _LINE]
-        boxes = [(start, top, start + width, top + _LINE) for top in inside or tops]
-        box = next((each for each in boxes if not any(_overlap(each, other) for other in taken)), boxes[0])
+        boxes = _places(x, y, _CHAR * len(text))
+        free = [box for box in boxes if not any(_overlap(box, other) for other in taken)]
+        clear = (box for box in free if not any(_overlap(box, other) for other in intervals))
+        box = next(clear, (free or boxes)[0])
         taken.append(box)
         middle = box[1] + _LINE / 2
         if abs(middle - y) > 1:
-            edge = box[0] - 2 if is_right else box[2] + 2
+            edge = box[0] - 2 if box[0] > x else box[2] + 2
             parts.append(f'<path class="lead g{point.group}" d="M{x:.1f} {y:.1f}L{edge:.1f} {middle:.1f}"/>')
         parts.append(f'<text x="{box[0]:.1f}" y="{middle + 4:.1f}" class=name>{escape(text)}</text>')
     return parts
 
 
-def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+def _places(x: float, y: float, width: float) -> list[Box]:
+    """Boxes for the name of a point inside the plot, the best ones first: near its height, and at its right."""
+    starts = [start for start in (x + 9, x - 9 - width) if start > _LEFT and start + width < _WIDTH]
+    moves = sorted((half / 2 * sign for half in range(40) for sign in (1, -1)), key=abs)
+    tops = [y + _LINE * (move - 0.5) for move in moves]
+    inside = [top for top in tops if _TOP + _LINE <= top <= _HEIGHT - _BOTTOM - _LINE]
+    return [(start, top, start + width, top + _LINE) for top in inside or tops for start in starts or [x + 9]]
+
+
+def _overlap(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _marker(group: int, x: float, y: float) -> str:
-    """A filled shape. Shapes tell systems apart without colour."""
+    """A filled shape. Shapes tell systems apart without colour, and those that share one."""
     shape = (
         f"M{x - 4:.1f} {y:.1f}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",
         f"M{x - 3.6:.1f} {y - 3.6:.1f}h7.2v7.2h-7.2Z",
         f"M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5 -5Z",
         f"M{x:.1f} {y - 4.6:.1f}l4.8 8.4h-9.6Z",
-    )[group % 4]
+    )[(group + group // NUM_COLOURS) % 4]
     return f'<path class=mark d="{shape}"/>'
 
 
@@ -267,7 +274,9 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _MAX_LABEL else f"{text[: _MAX_LABEL - 1]}…"
+    """A long name loses its middle: names of systems differ at both ends."""
+    half = _MAX_LABEL // 2
+    return text if len(text) <= _MAX_LABEL else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def _svg(height: float, label: str, parts: Sequence[str]) -> str:

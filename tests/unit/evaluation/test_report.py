@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -272,8 +273,10 @@ def test_names_of_points_at_one_place_do_not_cover_each_other():
     points = [Point(f"system {n}", n, 50.0 + n / 10, 49.0, 52.0, x=4.0) for n in range(6)]
     svg = scatter_plot(points, "x", "y")
     found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class=name>', svg)
-    heights = sorted(float(y) for _, y in found)
-    assert len(found) == 6 and min(np.diff(heights)) >= 12
+    places = [(float(x), float(y)) for x, y in found]
+    assert len(places) == 6
+    for (x, y), (other_x, other_y) in combinations(places, 2):
+        assert abs(y - other_y) >= 11.9 or abs(x - other_x) > 48  # a name is 12 high and 48 wide
 
 
 def test_wrong_names_and_an_empty_file_have_one_clear_error(tmp_path, folders):

@@ -147,9 +147,12 @@ def check_comparable(first: SystemResults, second: SystemResults) -> None:
                 f"{names}: their protocols differ in {'; '.join(differences)}. Evaluate both with the same protocol."
             )
         check_same_questions(one, other, by_task(one.predictions), by_task(other.predictions))
-        ours, theirs = one.run.get("data_digest"), other.run.get("data_digest")
-        if ours and theirs and ours != theirs:
-            raise DataError(f"{names}: their data digests are {ours} and {theirs}. Evaluate both on the same files.")
+        for task, (ours, theirs) in _digests(one, other).items():
+            if ours and theirs and ours != theirs:
+                raise DataError(
+                    f"{names}: their data digests of task {task!r} are {ours} and {theirs}. Evaluate both on the same "
+                    "files."
+                )
 
 
 def with_clusters(*systems: SystemResults) -> list[SystemResults]:
@@ -167,6 +170,13 @@ def with_clusters(*systems: SystemResults) -> list[SystemResults]:
         return replace(file, predictions=tuple(replace(each, cluster=c, group=g) for each, c, g in pairs))
 
     return [replace(system, seeds=tuple(map(completed, system.seeds))) for system in systems]
+
+
+def _digests(*files: ResultFile) -> dict[str, list[str | None]]:
+    """The data digest of each file by task; None if a file states none. A digest of all tasks is that of each."""
+    found = [file.run.get("data_digest") for file in files]
+    tasks = sorted({each.task for each in files[0].predictions})
+    return {task: [each.get(task) if isinstance(each, Mapping) else each for each in found] for task in tasks}
 
 
 def _protocol_differences(one: ResultFile, other: ResultFile) -> list[str]:

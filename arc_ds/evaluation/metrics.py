@@ -40,15 +40,23 @@ METRICS_OF: dict[str, tuple[Metric, ...]] = {
     **dict.fromkeys(("cnn", "xsum", "summary"), _SUMMARY),
     **dict.fromkeys(("govreport", "qmsum"), _LONG_SUMMARY),
     **dict.fromkeys(("flores", "translation"), _TRANSLATION),
+    "needle": ("substring", "em"),
+    "multi_needle": ("substring", "em", "f1"),
+    "variables": ("substring", "em", "f1"),
+    "counting": ("em",),
 }
 FALLBACK = "qa"
 
 
 def metrics_of(task: str) -> tuple[Metric, ...]:
-    """The metrics of a task, headline first. An unknown task has those of `FALLBACK`, and a warning says so."""
-    if task not in METRICS_OF:
+    """The metrics of a task, headline first. An unknown task has those of `FALLBACK`, and a warning says so.
+
+    task: a name in `METRICS_OF`, with or without a variant after a colon: "flores:eng-fra".
+    """
+    family = task.partition(":")[0]
+    if family not in METRICS_OF:
         _warn_unknown(task)
-    return METRICS_OF.get(task, METRICS_OF[FALLBACK])
+    return METRICS_OF.get(family, METRICS_OF[FALLBACK])
 
 
 @cache  # one warning for each task

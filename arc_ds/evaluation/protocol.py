@@ -14,7 +14,7 @@ class Protocol:
         from the tested file if it has none; the same for all samples. "per_sample": drawn anew for each sample.
         "reference": the first ones of the tested file after the reference's constant permutation. Examples are never
         tested.
-    references: "all" accepted answers, or only the "first" one of NQ and SQuAD.
+    references: "all" accepted answers, or only the "first" one of NQ and SQuAD, and TriviaQA's aliases alone.
     closed_book_seam: text between the last in-context example and a closed-book question: "\\n\\n" as between blocks;
         the reference has one newline more.
     bleu_lowercase: lowercase BLEU (the reference), or with case. Both are always computed; this one is the headline.

@@ -17,6 +17,7 @@ class EvalSample:
     cluster: samples of one cluster share their errors: those of one paragraph, article or sentence.
     group: samples of one group make one score of a corpus metric, such as a direction of translation ("eng-fra"). The
         score of the task is the mean of its groups. Empty if the task has one group.
+    instruction: "long" only: instruction of the file. It replaces the task's.
     """
 
     id: str
@@ -26,6 +27,7 @@ class EvalSample:
     question: str | None = None
     cluster: str = ""
     group: str = ""
+    instruction: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ class EvalTask:
         one long document, an instruction and an answer label, without examples.
     labels: "long" only: label of the document, of the question ("" if there is none) and of the answer.
     instruction: "long" only: instruction after the document.
+    num_passages: passages of a document: the first ones of the sample, joined by a newline. None: all.
+    num_examples: default number of in-context examples. "long" has none.
     max_new_tokens: default limit of an answer.
     stop: texts that end an answer.
     """
@@ -35,6 +37,8 @@ class EvalTask:
     layout: Literal["blocks", "long"] = "blocks"
     labels: tuple[str, str, str] = ("Document", "Question", "Answer")
     instruction: str = ""
+    num_passages: int | None = 1
+    num_examples: int = 5
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ("\n\n",)
 

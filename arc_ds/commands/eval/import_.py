@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from arc_ds.errors import ConfigError, DataError
+from arc_ds.evaluation.datasets import find_task
 from arc_ds.evaluation.protocol import CLEAN, REFERENCE
 from arc_ds.evaluation.results import (
     NumberedLines,
@@ -84,19 +83,18 @@ def _questions(namespace: argparse.Namespace) -> tuple[Questions | None, dict[st
             run["data_digest"] = results[0].run["data_digest"]
         return {(each.task, each.id): each for each in results[0].predictions}, run
     if namespace.dataset is not None:
+        if namespace.task is None:
+            raise ConfigError("--dataset needs the name of its task. Add --task NAME.")
         return _samples(namespace.dataset, namespace.task, namespace.protocol), run
     return None, run
 
 
-def _samples(path: Path, task: str | None, protocol: str) -> Questions:
-    tasks = import_module("arc_ds.evaluation.datasets").TASKS
-    if task is None or task not in tasks:
-        raise ConfigError(f"--dataset needs --task NAME with one of {', '.join(sorted(tasks))}; got {task}.")
-    samples = tasks[task].read(path, CLEAN if protocol == "clean" else REFERENCE)
+def _samples(path: Path, task: str, protocol: str) -> Questions:
+    samples = find_task(task).read(path, CLEAN if protocol == "clean" else REFERENCE)
     return {
-        (task, each.id): Prediction(
+        (each.task, each.id): Prediction(
             id=each.id,
-            task=task,
+            task=each.task,
             prediction="",
             references=each.references,
             cluster=each.cluster,
@@ -119,8 +117,10 @@ def _read(path: Path, system: str, task: str | None, questions: Questions | None
             )
         if task is not None:
             record = {"task": task, **record}
-        prediction = parse_prediction(_completed(record, where, questions), where)
-        add_prediction(found, replace(prediction, system=system, index=prediction.index or len(found)), path, number)
+        record = _completed(record, where, questions)
+        if record.get("index") is None:
+            record["index"] = len(found)
+        add_prediction(found, parse_prediction({**record, "system": system}, where), path, number)
     if questions is not None and (missing := [key for key in questions if key not in found]):
         raise DataError(f"{path}: {len(missing)} of {len(questions)} ids are missing ({_names(missing)}). Add them.")
     return [prediction for _, prediction in found.values()]
@@ -128,8 +128,8 @@ def _read(path: Path, system: str, task: str | None, questions: Questions | None
 
 def _completed(record: dict[str, Any], where: str, questions: Questions | None) -> dict[str, Any]:
     """The line with the fields that it leaves out. Raises DataError if it contradicts its question."""
-    if questions is None or record.get("id") is None:
-        return record
+    if questions is None or record.get("id") is None or not isinstance(record.get("task") or "", str):
+        return record  # `parse_prediction` names the fault
     name = str(record["id"])
     tasks = [record["task"]] if record.get("task") else sorted({task for task, each in questions if each == name})
     question = questions.get((tasks[0], name)) if len(tasks) == 1 else None
@@ -140,11 +140,11 @@ def _completed(record: dict[str, Any], where: str, questions: Questions | None) 
             "field 'task'."
         )
     for field in ("references", "cluster", "group"):
-        wanted = getattr(question, field)
+        given, wanted = record.get(field), getattr(question, field)
         wanted = list(wanted) if field == "references" else wanted
-        if record.get(field) and wanted and record[field] != wanted:
+        if given and wanted and given != wanted:
             raise DataError(
-                f"{where}: {field!r} of id {name!r} is {record[field]!r}, but {wanted!r} in the question. Remove the "
+                f"{where}: {field!r} of id {name!r} is {given!r}, but {wanted!r} in the question. Remove the "
                 "field, or give the result or dataset of the same questions."
             )
     shared = {field: getattr(question, field) for field in _SHARED}

@@ -137,7 +137,11 @@ LINES = questions(30, 0.4)
             file([replace(line, task="nq") for line in LINES], "b"),
             "they have the tasks squad and nq. Name common tasks",
         ),
-        (file(LINES, "b", data_digest="2"), "a and b cannot be compared: their data digests are 1 and 2"),
+        (
+            file(LINES, "b", data_digest="2"),
+            "a and b cannot be compared: their data digests of task 'squad' are 1 and 2",
+        ),
+        (file(LINES, "b", data_digest={"squad": "3"}), "their data digests of task 'squad' are 1 and 3"),
         (
             file(LINES, "b", protocol={"name": "x", "examples": "split", "ratio": "decoder"}),
             r"their protocols differ in examples \('reference' and 'split'\). Evaluate both with the same protocol",
@@ -148,6 +152,12 @@ def test_results_of_other_data_or_protocol_are_refused(other: SystemResults, mes
     ours = file(LINES, "a", data_digest="1", protocol={"name": "y", "examples": "reference", "ratio": "decoder"})
     with pytest.raises(DataError, match=message):
         compare_systems(ours, other)
+
+
+def test_digests_of_other_tasks_do_not_matter() -> None:
+    digests = [{"squad": "1", "nq": name} for name in "ab"]
+    first, second = (file(LINES, "a", data_digest=digest) for digest in digests)
+    assert compare_systems(first, second, 10).by_task["squad"]["em"].value == 0
 
 
 def test_results_of_other_programs_need_no_digest_and_no_protocol() -> None:

@@ -14,7 +14,8 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from arc_ds.evaluation import metrics
-from arc_ds.evaluation.metrics import Answer, metrics_of, sample_stats, score_of
+from arc_ds.evaluation.datasets import TASKS
+from arc_ds.evaluation.metrics import METRICS_OF, Answer, metrics_of, sample_stats, score_of
 from arc_ds.evaluation.task import Metric
 
 _ADVERSARIAL = (
@@ -203,8 +204,13 @@ def test_an_unknown_task_is_scored_as_qa_with_a_warning(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         assert metrics_of("needle in hay") == metrics_of("qa")
         metrics_of("needle in hay")
+        assert metrics_of("flores:eng-fra") == metrics_of("flores") != metrics_of("qa")
     assert len(caplog.records) == 1
     assert "task 'needle in hay' is not known and is scored as 'qa' (em, f1" in caplog.text
+
+
+def test_every_task_has_its_headline_in_the_table_of_metrics() -> None:
+    assert {name: task.headline for name, task in TASKS.items()} == {name: METRICS_OF[name][0] for name in TASKS}
 
 
 def test_signatures_name_case_and_version() -> None:

@@ -7,16 +7,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from arc_ds.cli import main
-from arc_ds.evaluation import datasets
 from arc_ds.evaluation.metrics import METRICS_OF
 from arc_ds.evaluation.results import PREDICTIONS, RUN, Prediction, read_results, write_results
-from arc_ds.evaluation.sample import EvalSample
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from tests.unit.evaluation.test_comparison import improved
 from tests.unit.evaluation.test_scoring import questions, translations
@@ -157,6 +154,7 @@ def test_an_import_takes_questions_from_a_reference_result(tmp_path: Path, capsy
             "other.jsonl:1: the id 'zz' is not among the questions; expected ids",
         ),
         "wrong": ([{**given[0], "references": ["Oslo"]}], "wrong.jsonl:1: 'references' of id 'q0' is ['Oslo'], but"),
+        "task": ([{**given[0], "task": ["squad"]}], "task.jsonl:1: missing 'references'"),
         "none": ([{"id": "q0", "prediction": None}], "none.jsonl:1: missing 'prediction'"),
         "system": ([{**given[0], "system": "y"}], "system.jsonl:1: the line is of system 'y', but --system is 'x'"),
     }
@@ -165,22 +163,21 @@ def test_an_import_takes_questions_from_a_reference_result(tmp_path: Path, capsy
         assert not (tmp_path / name).exists()
 
 
-def test_an_import_takes_questions_from_a_dataset(tmp_path: Path, capsys, monkeypatch) -> None:
-    samples = [
-        EvalSample(id=f"q{i}", task="nq", passages=(), references=("Rome",), question="?", cluster=f"c{i // 2}")
-        for i in range(4)
-    ]
-    registry = {"nq": SimpleNamespace(read=lambda path, protocol: samples)}
-    monkeypatch.setattr(datasets, "TASKS", registry, raising=False)
+def test_an_import_takes_questions_from_a_dataset(tmp_path: Path, capsys) -> None:
+    paragraph: dict[str, Any] = {"context": "Rome is old. Oslo is not.", "qas": []}
+    for name, text in (("q0", "Rome"), ("q1", "Oslo")):
+        answers = [{"text": text, "answer_start": 0}, {"text": f"{text} city", "answer_start": 0}]
+        paragraph["qas"].append({"id": name, "question": f"Which is {name}?", "answers": answers})
+    data = tmp_path / "dev.json"
+    data.write_text(json.dumps({"version": "1.1", "data": [{"title": "Towns", "paragraphs": [paragraph]}]}))
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
-    path.write_text("".join(json.dumps({"id": f"q{i}", "prediction": "Rome"}) + "\n" for i in range(4)))
-    options = ["--system", "x", "--out", str(out), "--dataset", str(tmp_path)]
-    assert "--dataset needs --task NAME with one of nq; got None" in failure(capsys, "import", str(path), *options)
-    assert main(["eval", "import", str(path), *options, "--task", "nq"]) == 0
+    path.write_text("".join(json.dumps({"id": name, "prediction": "Rome"}) + "\n" for name in ("q1", "q0")))
+    options = ["--system", "x", "--out", str(out), "--dataset", str(data)]
+    assert "--dataset needs the name of its task. Add --task NAME." in failure(capsys, "import", str(path), *options)
+    assert "no evaluation task is called 'sqad'" in failure(capsys, "import", str(path), *options, "--task", "sqad")
+    assert main(["eval", "import", str(path), *options, "--task", "squad", "--protocol", "reference"]) == 0
     lines = [json.loads(line) for line in (out / PREDICTIONS).read_text().splitlines()]
-    assert [(line["cluster"], line["references"], line["index"]) for line in lines] == [
-        ("c0", ["Rome"], 0),
-        ("c0", ["Rome"], 1),
-        ("c1", ["Rome"], 2),
-        ("c1", ["Rome"], 3),
+    assert [(line["id"], line["cluster"], line["references"], line["index"]) for line in lines] == [
+        ("q0", "Towns", ["Rome"], 0),
+        ("q1", "Towns", ["Oslo"], 1),
     ]

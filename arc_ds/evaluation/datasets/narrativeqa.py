@@ -1,0 +1,81 @@
+"""NarrativeQA: questions on whole books and film scripts, with two answers each."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from arc_ds.errors import DataError
+from arc_ds.evaluation.datasets.long_context import ANSWER_METRICS, rows, scrolls
+from arc_ds.evaluation.datasets.reading import Entry, Layout, make_samples, read_entries
+from arc_ds.evaluation.protocol import Protocol
+from arc_ds.evaluation.sample import EvalSample
+from arc_ds.evaluation.task import EvalTask
+from arc_ds.system.user_files import decode_user_text, read_user_bytes, read_user_text
+
+_QUESTIONS = "qaps.csv"
+_WANTED = ("document_id", "set", "question", "answer1", "answer2")
+_STORIES = ("tmp", "stories")
+_REMEDY = "Download the story (download_stories.sh of the data set), or remove its questions."
+
+
+def read_narrativeqa(path: Path, protocol: Protocol) -> list[EvalSample]:
+    """The questions of the Hub's rows, of SCROLLS, of other rows, or of an original folder. See `EvalTask.read`.
+
+    An original folder holds `qaps.csv`, of which the set "valid" is read, and `DOCUMENT_ID.content` in `tmp/` or
+    `stories/`. The rows of a question are one sample with both answers.
+    """
+    if path.is_dir() and (path / _QUESTIONS).is_file():
+        return make_samples("narrativeqa", _folder(path), merge=True)
+    hub = Layout(name="Hub", fields=("document", "question", "answers"), read=_hub)
+    return make_samples("narrativeqa", read_entries((hub, scrolls(has_question=True), rows()), path), merge=True)
+
+
+def _hub(fields: Mapping[str, Any]) -> Iterator[Entry]:
+    document = fields["document"]
+    yield Entry(
+        question=fields["question"]["text"],
+        passages=(document["text"],),
+        answers=tuple(answer["text"] for answer in fields["answers"]),
+        cluster=document["id"],
+    )
+
+
+def _folder(folder: Path) -> Iterator[tuple[str, Entry]]:
+    path = folder / _QUESTIONS
+    reader = csv.DictReader(io.StringIO(read_user_text(path, DataError, remedy="Download it again.")))
+    if not set(_WANTED) <= set(reader.fieldnames or ()):
+        raise DataError(f"{path}: found the fields {', '.join(reader.fieldnames or ())}; wanted {', '.join(_WANTED)}.")
+    stories: dict[str, str] = {}
+    for number, row in enumerate(reader, start=1):
+        if row["set"] != "valid":
+            continue
+        name = row["document_id"]
+        if name not in stories:
+            stories[name] = _story(folder, name)
+        answers = (row["answer1"] or "", row["answer2"] or "")
+        entry = Entry(question=row["question"], passages=(stories[name],), answers=answers, cluster=name)
+        yield f"{path}, question {number}", entry
+
+
+def _story(folder: Path, name: str) -> str:
+    paths = [folder / parent / f"{name}.content" for parent in _STORIES]
+    path = next((path for path in paths if path.is_file()), paths[0])
+    return decode_user_text(
+        read_user_bytes(path, DataError, remedy=_REMEDY), str(path), DataError, remedy=_REMEDY, errors="replace"
+    )
+
+
+TASKS = (
+    EvalTask(
+        name="narrativeqa",
+        read=read_narrativeqa,
+        metrics=ANSWER_METRICS,
+        layout="long",
+        labels=("Story", "Question", "Answer"),
+        instruction="Answer the question about the story with a few words, without an explanation.",
+    ),
+)

@@ -1,0 +1,70 @@
+"""SQuAD 1.1 and 2.0: questions on paragraphs of Wikipedia articles.
+
+`squad` leaves out the unanswerable questions of 2.0, and counts them. `squad2` keeps them: the accepted answer is then
+the word "unanswerable", which its in-context examples show.
+
+The cluster is the article. Rows without its title have the paragraph as cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from arc_ds.evaluation.datasets.nq import QA_METRICS
+from arc_ds.evaluation.datasets.reading import (
+    Entry,
+    Layout,
+    first_references,
+    make_samples,
+    read_entries,
+    row_entry,
+    text_id,
+)
+from arc_ds.evaluation.protocol import Protocol
+from arc_ds.evaluation.sample import EvalSample
+from arc_ds.evaluation.task import EvalTask
+
+UNANSWERABLE = "unanswerable"
+
+
+def read_squad(path: Path, protocol: Protocol, *, name: str, no_answer: tuple[str, ...]) -> list[EvalSample]:
+    """The questions of an original file or of rows. See `EvalTask.read`.
+
+    name: name of the task.
+    no_answer: references of a question without an answer; it is left out if there are none.
+    """
+    layouts = (
+        Layout(name="original", fields=("data",), read=_original),
+        Layout(name="rows", fields=("question", "answers|answer"), read=_row),
+    )
+    entries = ((place, replace(e, answers=e.answers or no_answer)) for place, e in read_entries(layouts, path))
+    samples = make_samples(name, entries)
+    return first_references(samples) if protocol.references == "first" else samples
+
+
+def _original(fields: Mapping[str, Any]) -> Iterator[Entry]:
+    for article in fields["data"]:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                yield Entry(
+                    id=question["id"],
+                    question=question["question"],
+                    passages=(paragraph["context"],),
+                    answers=tuple(answer["text"] for answer in question["answers"]),
+                    cluster=article.get("title") or text_id(paragraph["context"]),
+                )
+
+
+def _row(fields: Mapping[str, Any]) -> Iterator[Entry]:
+    entry = row_entry(fields, cluster="title")
+    yield replace(entry, cluster=entry.cluster or text_id(*entry.passages[:1]))
+
+
+TASKS = tuple(
+    EvalTask(name=name, read=partial(read_squad, name=name, no_answer=no_answer), metrics=QA_METRICS)
+    for name, no_answer in (("squad", ()), ("squad2", (UNANSWERABLE,)))
+)

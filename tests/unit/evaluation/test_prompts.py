@@ -1,0 +1,161 @@
+"""Prompts: golden texts of every task, the reference's choice of examples, and no prompt with its own answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from arc_ds.errors import ConfigError, DataError
+from arc_ds.evaluation.datasets import TASKS
+from arc_ds.evaluation.prompts import make_prompts, reference_order
+from arc_ds.evaluation.protocol import CLEAN, REFERENCE
+from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
+from tests.unit.evaluation.small_files import WRITERS
+
+GOLDEN = Path(__file__).parent / "golden_prompts.txt"
+SAMPLES = [
+    EvalSample(
+        id=f"q{idx}", task="nq", question=f"Question {idx}?", passages=(f"Text {idx}.",), references=(f"a{idx}",)
+    )
+    for idx in range(40)
+]
+OTHERS = [replace(sample, id=f"t{idx}", question=f"Other {idx}?") for idx, sample in enumerate(SAMPLES)]
+
+
+def show(prompt: EvalPrompt) -> str:
+    """The prompt as text, its documents in brackets, and its limits."""
+    text = "".join(f"«{part.text}»" if isinstance(part, Document) else part for part in prompt.parts)
+    return f"{text}|\n{prompt.sample.id} {prompt.max_new_tokens} {prompt.stop} {prompt.sample.references}"
+
+
+def golden(name: str) -> dict[str, str]:
+    blocks = GOLDEN.read_text(encoding="utf-8").split("=== ")[1:]
+    return {head: text for head, _, text in (block.partition("\n") for block in blocks) if head.startswith(f"{name} ")}
+
+
+def shown(name: str, folder: Path) -> dict[str, str]:
+    task, texts = TASKS[name], {}
+    for protocol in (CLEAN, REFERENCE):
+        samples = task.read(WRITERS[name](folder), protocol)
+        for uses_documents in (True, False):
+            prompts = make_prompts(task, samples, None, protocol, uses_documents=uses_documents, num_examples=2)
+            kind = "open" if uses_documents else "closed"
+            texts[f"{name} {protocol.name} {kind} {len(prompts)}"] = f"{show(prompts[0])}\n\n"
+    return texts
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_prompts_of_every_task_equal_the_golden_texts(name: str, tmp_path: Path) -> None:
+    expected = golden(name)
+    assert len(expected) == 4 and shown(name, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "rows"),
+    [
+        (3610, [1564, 0, 2883, 1, 1954]),  # NQ
+        (11313, [8864, 0, 6864, 1, 11076]),  # TriviaQA
+        (11490, [8864, 0, 6864, 1, 11076]),  # CNN
+        (10570, [8864, 0, 6864, 1, 4652]),  # SQuAD
+        (7405, [3723, 0, 6864, 1, 4652]),  # HotpotQA
+        (997, [657, 0, 509, 1, 821]),  # FLORES dev
+    ],
+)
+def test_the_reference_takes_its_golden_rows_as_examples(count: int, rows: list[int]) -> None:
+    order = reference_order(count)
+    assert order[:5] == rows and sorted(order) == list(range(count))
+
+
+def ids_of(prompts: Sequence[EvalPrompt]) -> list[str]:
+    return [prompt.sample.id for prompt in prompts]
+
+
+def test_the_reference_tests_the_last_questions_first_but_translations_in_order(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    order = [f"q{idx}" for idx in reference_order(40)]
+    prompts = make_prompts(TASKS["nq"], SAMPLES, OTHERS, REFERENCE)
+    assert set(ids_of(prompts)) == set(order[5:]) and not caplog.records
+    prompts = make_prompts(TASKS["nq"], SAMPLES, OTHERS, REFERENCE, limit=4)
+    assert set(ids_of(prompts)) == set(order[-4:])
+    prompts = make_prompts(TASKS["flores"], SAMPLES, None, REFERENCE, limit=4)
+    assert set(ids_of(prompts)) == set(order[5:9])
+    assert ids_of(prompts) == sorted(ids_of(prompts), key=lambda name: int(name[1:]))
+    prompts = make_prompts(TASKS["qasper"], SAMPLES, None, REFERENCE, limit=4)
+    assert set(ids_of(prompts)) == set(order[:4])
+
+
+def test_examples_of_another_split_are_the_same_for_all_samples_and_follow_from_the_seed() -> None:
+    def prefixes(seed: int) -> set[str]:
+        prompts = make_prompts(TASKS["nq"], SAMPLES, OTHERS, CLEAN, num_examples=3, seed=seed)
+        assert ids_of(prompts) == [sample.id for sample in SAMPLES]
+        return {show(prompt).rsplit("\n\nDocument", 1)[0] for prompt in prompts}
+
+    assert len(prefixes(0)) == 1 and prefixes(0) == prefixes(0) != prefixes(1)
+    assert all(prefix.count("Other") == 3 for prefix in prefixes(0))
+
+
+def test_examples_per_sample_differ_and_need_a_split() -> None:
+    protocol = replace(CLEAN, examples="per_sample")
+    prompts = make_prompts(TASKS["nq"], SAMPLES, OTHERS, protocol, num_examples=5)
+    heads = [show(prompt).rsplit("\n\nDocument", 1)[0] for prompt in prompts]
+    assert len(set(heads)) == len(SAMPLES) and all(len(set(head.split("\n\n"))) == 5 for head in heads)
+    with pytest.raises(ConfigError, match="Pass that split's file"):
+        make_prompts(TASKS["nq"], SAMPLES, None, protocol)
+
+
+@pytest.mark.parametrize("protocol", [CLEAN, replace(CLEAN, examples="per_sample")])
+def test_examples_that_ask_what_a_sample_asks_are_not_drawn(protocol: object, caplog: pytest.LogCaptureFixture) -> None:
+    same_passage = replace(SAMPLES[0], id="x", references=("other",))
+    same_answer = replace(SAMPLES[1], id="y", passages=("Other text.",), question="QUESTION 1?")
+    pool = [same_passage, same_answer, *OTHERS[:5]]
+    with caplog.at_level(logging.WARNING):
+        prompts = make_prompts(TASKS["nq"], SAMPLES, pool, protocol, num_examples=5)  # type: ignore[arg-type]
+    assert all(show(prompt).count("Other") == 5 for prompt in prompts)
+    assert "2 of 7 samples for in-context examples ask what a tested sample asks" in caplog.text
+    with pytest.raises(DataError, match="expected 6 in-context examples, found 5"):
+        make_prompts(TASKS["nq"], SAMPLES, pool, protocol, num_examples=6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("protocol", [CLEAN, REFERENCE])
+def test_a_sample_that_asks_what_an_example_of_its_file_asks_is_left_out(
+    protocol: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    doubled = [*SAMPLES, *(replace(sample, id=f"again-{sample.id}") for sample in SAMPLES)]
+    with caplog.at_level(logging.WARNING):
+        prompts = make_prompts(TASKS["nq"], doubled, None, protocol, num_examples=5)  # type: ignore[arg-type]
+    for prompt in prompts:
+        assert show(prompt).count(prompt.sample.question or "") == 1
+    assert "samples that ask what one of their in-context examples asks" in caplog.text
+
+
+def test_directions_have_the_same_examples_and_tested_sentences(tmp_path: Path) -> None:
+    samples = [
+        replace(sample, id=f"{group}-{sample.id}", group=group, cluster=sample.id)
+        for group in ("eng-fra", "eng-deu")
+        for sample in SAMPLES
+    ]
+    for protocol in (CLEAN, REFERENCE):
+        prompts = make_prompts(TASKS["flores"], samples, None, protocol, limit=7)
+        french, german = ([p.sample.cluster for p in prompts if p.sample.group == g] for g in ("eng-fra", "eng-deu"))
+        assert french == german and len(french) == 7
+        assert [part for part in prompts[0].parts[:-2]] == [part for part in prompts[7].parts[:-2]]
+
+
+def test_documents_are_stripped_and_joined_passages() -> None:
+    sample = replace(SAMPLES[0], passages=(" one \n", "two", "three"))
+    (prompt,) = make_prompts(TASKS["nq"], [sample], None, CLEAN, num_examples=0, num_passages=2)
+    assert prompt.parts == ("Document: ", Document("one\ntwo"), "\nQuestion: Question 0?\nAnswer:")
+    assert prompt.max_new_tokens == 64 and prompt.stop == ("\n\n",)
+
+
+def test_a_sample_without_passages_can_be_asked_closed_book_only() -> None:
+    samples = [replace(sample, passages=()) for sample in SAMPLES]
+    (prompt, *_) = make_prompts(TASKS["nq"], samples, None, CLEAN, uses_documents=False)
+    assert len(prompt.parts) == 1
+    with pytest.raises(DataError, match="40 samples have no passage: q0, q1.*or evaluate closed-book"):
+        make_prompts(TASKS["nq"], samples, None, CLEAN)

@@ -200,7 +200,7 @@ def _check(systems: Sequence[SystemResults], base_idx: int, *, force: bool) -> d
         common = sorted(_tasks(systems[base_idx]) & _tasks(other))
         try:
             if place != base_idx and common:
-                check_comparable(*(_with_tasks(each, common) for each in (systems[base_idx], other)))
+                check_comparable(*select_tasks([systems[base_idx], other], common))
         except DataError as error:
             if not force:
                 raise DataError(
@@ -213,19 +213,6 @@ def _check(systems: Sequence[SystemResults], base_idx: int, *, force: bool) -> d
 
 def _tasks(system: SystemResults) -> set[str]:
     return {each.task for file in system.seeds for each in file.predictions}
-
-
-def _with_tasks(system: SystemResults, tasks: Sequence[str]) -> SystemResults:
-    """The system with these tasks only, also in its digests of data."""
-
-    def restricted(file: ResultFile) -> ResultFile:
-        digest = file.run.get("data_digest")
-        if not isinstance(digest, dict):
-            return file
-        return replace(file, run={**file.run, "data_digest": {task: digest.get(task) for task in tasks}})
-
-    (selected,) = select_tasks([system], tasks)
-    return replace(selected, seeds=tuple(map(restricted, selected.seeds)))
 
 
 def _shared_answers(

@@ -296,7 +296,7 @@ def _document_sizes(lengths: Mapping[str, int], kind: str) -> tuple[int, int] | 
         return lengths["last_document_encoder_tokens"], lengths["last_vectors"]
     tokens = lengths.get("document_decoder_tokens")
     if tokens is None:
-        return None
+        return (0, 0) if "prompt_rows" in lengths else None  # a prompt without documents, or unknown counts
     if "vectors" in lengths:
         return tokens, lengths["vectors"] + lengths.get("markers", 0)
     if "open_book_rows" in lengths and "prompt_rows" in lengths:

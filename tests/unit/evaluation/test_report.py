@@ -106,6 +106,8 @@ def test_ratios_follow_the_protocol_and_leave_out_unknown_counts():
     half = {"document_decoder_tokens": 100, "prompt_rows": 80, "open_book_rows": 130}
     closed = {"document_decoder_tokens": 100, "prompt_rows": 20, "open_book_rows": 130}
     assert task_sizes([half], "decoder").ratio == 2 and math.isinf(task_sizes([closed], "decoder").ratio)
+    bare = task_sizes([{"prompt_rows": 20, "new_tokens": 3}], "encoder")
+    assert math.isinf(bare.ratio) and math.isinf(bare.ratio_of_sums) and bare.prompt_ratio is None
     assert task_sizes([{}, {}], "decoder") == (None,) * 5
 
 

@@ -99,14 +99,31 @@ def compare_systems(first: SystemResults, second: SystemResults, num_draws: int 
     """Compare two systems. Raises DataError, with the difference, if their data or protocols differ."""
     check_comparable(first, second)
     lowercase = is_bleu_lowercase(first, second)
-    ours, theirs = (system_stats(each, bleu_lowercase=lowercase) for each in _with_clusters(first, second))
+    ours, theirs = (system_stats(each, bleu_lowercase=lowercase) for each in with_clusters(first, second))
+    # "first" and "second" draw their seeds apart: the seeds of two systems are not paired.
+    our_draws = {task: score_draws(each, num_draws, seeds_key="first") for task, each in ours.items()}
+    their_draws = {task: score_draws(each, num_draws, seeds_key="second") for task, each in theirs.items()}
+    return compare_stats(first.name, second.name, ours, theirs, our_draws, their_draws)
+
+
+def compare_stats(
+    first: str,
+    second: str,
+    ours: Mapping[str, TaskStats],
+    theirs: Mapping[str, TaskStats],
+    our_draws: Mapping[str, Mapping[Metric, NDArray[np.float64]]],
+    their_draws: Mapping[str, Mapping[Metric, NDArray[np.float64]]],
+) -> Comparison:
+    """Compare two systems in the tasks that both have.
+
+    first, second: their names.
+    ours, theirs: statistics by task, of the same questions and clusters in the same order.
+    our_draws, their_draws: `score_draws` by task.
+    """
     found: dict[str, dict[Metric, Difference]] = {}
     headline_draws = []
-    for task in ours:
-        # "first" and "second" draw their seeds apart: the seeds of two systems are not paired.
-        first_draws = score_draws(ours[task], num_draws, seeds_key="first")
-        second_draws = score_draws(theirs[task], num_draws, seeds_key="second")
-        draws = {metric: second_draws[metric] - first_draws[metric] for metric in first_draws if metric in second_draws}
+    for task in (task for task in ours if task in theirs):
+        draws = {m: their_draws[task][m] - our_draws[task][m] for m in our_draws[task] if m in their_draws[task]}
         found[task] = {metric: _difference(ours[task], theirs[task], metric, each) for metric, each in draws.items()}
         headline_draws.append(draws[ours[task].headline])
     headlines = [next(iter(metrics.values())) for metrics in found.values()]
@@ -115,7 +132,7 @@ def compare_systems(first: SystemResults, second: SystemResults, num_draws: int 
         metric = ours[task].headline
         found[task][metric] = replace(found[task][metric], p_holm=p_holm)
     average = _average(headlines, headline_draws) if len(found) > 1 else None
-    return Comparison(first=first.name, second=second.name, by_task=found, average=average)
+    return Comparison(first=first, second=second, by_task=found, average=average)
 
 
 def check_comparable(first: SystemResults, second: SystemResults) -> None:
@@ -138,7 +155,7 @@ def check_comparable(first: SystemResults, second: SystemResults) -> None:
                 )
 
 
-def _with_clusters(*systems: SystemResults) -> list[SystemResults]:
+def with_clusters(*systems: SystemResults) -> list[SystemResults]:
     """The systems with the clusters and groups of the first file that states them; others may have none."""
     files = [file for system in systems for file in system.seeds]
     known = {

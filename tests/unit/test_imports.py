@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("errors", "version"),
     ("system",),
-    ("batch", "tokenizers", "config"),
+    ("batch", "tokenizers", "config", "pages"),
     ("shards", "data", "model"),
     ("launch", "checkpoints", "tracking", "inference", "planning"),
     ("evaluation",),

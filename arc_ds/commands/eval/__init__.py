@@ -14,6 +14,7 @@ SUBCOMMANDS: tuple[str, ...] = (
     "score",
     "compare",
     "import_",
+    "report",
 )
 
 

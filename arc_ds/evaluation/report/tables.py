@@ -1,0 +1,414 @@
+"""The tables of a report, and its Markdown and CSV."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from arc_ds.config.load import flatten_tree
+from arc_ds.evaluation.comparison import Difference
+from arc_ds.evaluation.metrics import metrics_of, signature
+from arc_ds.evaluation.report.content import GapClosed, Report, ReportSystem, description_of
+from arc_ds.evaluation.report.paper import PaperRow, paper_rows
+from arc_ds.evaluation.scoring import Score, is_bleu_lowercase
+from arc_ds.evaluation.task import Metric
+from arc_ds.pages.tables import EMPTY, Cell, Table, text_cell, to_markdown
+
+AVERAGE = "Avg."
+SIGNIFICANT = 0.05
+TITLES = {
+    "nq": "NQ",
+    "triviaqa": "TriviaQA",
+    "hotpotqa": "HotpotQA",
+    "squad": "SQuAD",
+    "squad2": "SQuAD 2.0",
+    "flores": "FLORES",
+    "cnn": "CNN/DailyMail",
+    "xsum": "XSum",
+    "narrativeqa": "NarrativeQA",
+    "qasper": "Qasper",
+    "govreport": "GovReport",
+    "qmsum": "QMSum",
+}
+METRICS: dict[Metric, str] = {
+    "em": "EM",
+    "f1": "F1",
+    "substring": "substring",
+    "approx_em": "approx. EM",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU",
+    "bleu_other_case": "BLEU, other case",
+    "chrf": "chrF",
+    "nll": "NLL",
+}
+# Keys of run.json that have a table of their own, or too much content.
+_OTHER_TABLES = ("config", "systems", "samples", "skipped", "shortened", "prompts")
+
+
+def task_title(report: Report, task: str) -> str:
+    """A task with its headline metric: "SQuAD EM"."""
+    return f"{TITLES.get(task, task)} {METRICS[report.headline(task)]}"
+
+
+def group_of(report: Report, name: str) -> int:
+    """The place of a system, which decides its colour."""
+    return [system.name for system in report.systems].index(name)
+
+
+def score_table(report: Report, *, with_paper: bool) -> Table:
+    """The table in the shape of the paper's Table 1: systems as rows, tasks as columns."""
+    has_average = len(report.tasks) > 1
+    rows = []
+    for group, system in enumerate(report.systems):
+        scores = [_score_cell(report, system, task) for task in report.tasks]
+        average = [_number_cell(system.average, digits_of(report.headline(report.tasks[0])))] if has_average else []
+        rows.append((text_cell(system.name, group=group), _ratio_cell(system.mean_size("ratio")), *scores, *average))
+    if with_paper:
+        # The paper's scores are those of its own metrics.
+        same = [task for task in report.tasks if report.headline(task) == metrics_of(task)[0]]
+        found = paper_rows(same, with_average=len(same) == len(report.tasks))
+        rows += [_paper_row(report, row, has_average) for row in found]
+    caption = (
+        f"Scores in {unit_of(report.headline(report.tasks[0]))} with 95% intervals (bootstrap over clusters). × is the "
+        "compression ratio of documents, the mean over tasks."
+    )
+    if report.comparisons:
+        caption += (
+            f" ▲ and ▼: better and worse than {report.baseline} (paired test, p < {SIGNIFICANT} after Holm's "
+            "adjustment over tasks)."
+        )
+    if with_paper:
+        caption += (
+            " Rows marked “paper” are published numbers (arXiv 2510.20535, Tables 1 and 3). They come without "
+            "intervals, at full scale, under the reference's protocol; these results have the protocol "
+            f"{protocol_names(report)}."
+        )
+    columns = ("system", "×", *(task_title(report, task) for task in report.tasks), *([AVERAGE] if has_average else []))
+    return Table("scores", "Scores", columns, tuple(rows), caption)
+
+
+def unit_of(metric: Metric) -> str:
+    """The unit of a metric."""
+    return "nats per token (lower is better)" if metric == "nll" else "points of 100"
+
+
+def digits_of(metric: Metric) -> int:
+    """Decimals of a score."""
+    return 3 if metric == "nll" else 1
+
+
+def protocol_names(report: Report) -> str:
+    """The names of all protocols of the results."""
+    names = [file.protocol.get("name", "unknown") for system in report.systems for file in system.results.seeds]
+    return ", ".join(f"“{name}”" for name in dict.fromkeys(names))
+
+
+def _score_cell(report: Report, system: ReportSystem, task: str) -> Cell:
+    if task not in system.scores:
+        return EMPTY
+    cell = _number_cell(next(iter(system.scores[task].values())), digits_of(report.headline(task)))
+    found = report.comparisons.get(system.name)
+    difference = found.by_task.get(task, {}).get(report.headline(task)) if found else None
+    if difference is None or (difference.p_holm or 0.0) >= SIGNIFICANT:
+        return cell
+    is_gain = (difference.value > 0) != (report.headline(task) == "nll")
+    return cell._replace(text=f"{cell.text} {'▲' if is_gain else '▼'}")
+
+
+def _paper_row(report: Report, row: PaperRow, has_average: bool) -> tuple[Cell, ...]:
+    values = [row.scores.get(task) for task in report.tasks] + ([row.average] if has_average else [])
+    scores = [EMPTY if value is None else Cell(f"{value:.1f}", value) for value in values]
+    return (text_cell(f"{row.system}, {row.decoder}", "paper"), _ratio_cell(row.ratio), *scores)
+
+
+def _number_cell(score: Score | GapClosed | None, digits: int) -> Cell:
+    if score is None or math.isnan(score.value):
+        return EMPTY
+    note = "" if math.isnan(score.low) else f"[{score.low:.{digits}f}, {score.high:.{digits}f}]"
+    return Cell(f"{score.value:.{digits}f}", score.value, note)
+
+
+def _ratio_cell(ratio: float | None) -> Cell:
+    if ratio is None:
+        return EMPTY
+    return Cell("∞" if math.isinf(ratio) else f"{ratio:.2f}".rstrip("0").rstrip("."), ratio)
+
+
+def difference_table(report: Report) -> Table:
+    """Paired differences in the headline metrics from the baseline system."""
+    rows = []
+    for name, comparison in report.comparisons.items():
+        system = text_cell(name, group=group_of(report, name))
+        for task in (task for task in report.tasks if task in comparison.by_task):
+            metric = report.headline(task)
+            counts = [_count(count) for count in report.pair_counts[name, task]]
+            cells = _difference_cells(comparison.by_task[task][metric], digits_of(metric) + 1)
+            rows.append((system, text_cell(task_title(report, task)), *cells, *counts))
+        if comparison.average is not None:
+            cells = _difference_cells(comparison.average, digits_of(report.headline(report.tasks[0])) + 1)
+            rows.append((system, text_cell(AVERAGE), *cells, EMPTY, EMPTY, EMPTY))
+    columns = (
+        *("system", "task", report.baseline, "score", "difference", "p", "p (Holm)", "test", "detectable", "n"),
+        *("clusters", "better", "worse", "equal"),
+    )
+    caption = (
+        f"System minus {report.baseline} on the same questions, in {unit_of(report.headline(report.tasks[0]))}, with "
+        "95% intervals. p (Holm) is adjusted for the number of tasks, for each system by itself. “Detectable” is the "
+        "difference that 80% of experiments of this size find. “Better”, “worse” and “equal” count samples."
+    )
+    return Table("differences", f"Differences from {report.baseline}", columns, tuple(rows), caption)
+
+
+def _difference_cells(difference: Difference, digits: int) -> list[Cell]:
+    low, high = (_plain(value, digits, sign=True) for value in (difference.low, difference.high))
+    interval = "" if math.isnan(difference.low) else f"[{low.text}, {high.text}]"
+    return [
+        *(_plain(value, digits) for value in (difference.first, difference.second)),
+        _plain(difference.value, digits, sign=True)._replace(note=interval),
+        *(_p_cell(value) for value in (difference.p, difference.p_holm)),
+        text_cell(difference.test),
+        _plain(difference.detectable, digits),
+        *(_count(count) for count in (difference.n, difference.num_clusters)),
+    ]
+
+
+def difference_csv_table(report: Report) -> Table:
+    """Paired differences in all metrics, for CSV. Tasks and metrics have the names of the result files."""
+    rows = []
+    for name, comparison in report.comparisons.items():
+        found: list[tuple[str, str, Difference]] = [
+            (task, metric, each) for task, by in comparison.by_task.items() for metric, each in by.items()
+        ]
+        found += [("average", "headlines", comparison.average)] if comparison.average is not None else []
+        for task, metric, difference in found:
+            counts = report.pair_counts.get((name, task)) if difference.p_holm is not None else None
+            values = [*asdict(difference).values(), *(counts or (None, None, None))]
+            rows.append(
+                (*map(text_cell, (report.baseline, name, task, metric)), *(Cell("", value) for value in values))
+            )
+    names = tuple(each.name for each in fields(Difference))
+    columns = ("baseline", "system", "task", "metric", *names, "num_better", "num_worse", "num_equal")
+    return Table("differences", f"Differences from {report.baseline}", columns, tuple(rows))
+
+
+def _plain(value: float | None, digits: int = 2, *, sign: bool = False) -> Cell:
+    if value is None or math.isnan(value):
+        return EMPTY
+    return Cell("∞" if math.isinf(value) else f"{value:{'+' if sign else ''}.{digits}f}", value)
+
+
+def _count(value: int | None) -> Cell:
+    return EMPTY if value is None else Cell(f"{value:,}", value)
+
+
+def _p_cell(value: float | None) -> Cell:
+    return EMPTY if value is None else Cell("<0.0001" if value < 1e-4 else f"{value:.4f}", value)
+
+
+def metric_table(report: Report) -> Table:
+    """All metrics of all systems and tasks."""
+    rows = [
+        (
+            text_cell(system.name, group=group),
+            text_cell(TITLES.get(task, task)),
+            text_cell(METRICS[metric]),
+            *(_plain(value) for value in (score.value, score.low, score.high, score.stderr, score.seed_sd)),
+            *(Cell(f"{count:,}", count) for count in (score.n, score.num_clusters, len(system.results.seeds))),
+        )
+        for group, system in enumerate(report.systems)
+        for task, metrics in system.scores.items()
+        for metric, score in metrics.items()
+    ]
+    columns = (
+        "system",
+        "task",
+        "metric",
+        "score",
+        "low",
+        "high",
+        "std. error",
+        "sd of seeds",
+        "n",
+        "clusters",
+        "seeds",
+    )
+    caption = "Points of 100; NLL in nats per token of the first reference, where lower is better."
+    return Table("metrics", "All metrics", columns, tuple(rows), caption)
+
+
+def score_csv_table(report: Report) -> Table:
+    """All metrics with the sizes of prompts, for CSV. Tasks and metrics have the names of the result files."""
+    rows = []
+    for system in report.systems:
+        for task, metrics in system.scores.items():
+            for metric, score in metrics.items():
+                values = (score.value, score.low, score.high, score.stderr, score.seed_sd, score.n, score.num_clusters)
+                numbers = [Cell("", value) for value in (*values, *system.sizes[task])]
+                is_headline = str(metric == system.stats[task].headline).lower()
+                rows.append((*map(text_cell, (system.name, task, metric, is_headline)), *numbers))
+    sizes = ("ratio", "ratio_of_sums", "prompt_ratio", "prompt_rows", "new_tokens")
+    columns = (
+        "system",
+        "task",
+        "metric",
+        "is_headline",
+        "value",
+        "low",
+        "high",
+        "stderr",
+        "seed_sd",
+        "n",
+        "num_clusters",
+    )
+    return Table("scores", "Scores", (*columns, *sizes), tuple(rows))
+
+
+def nll_tables(report: Report) -> list[Table]:
+    """Answer NLL, and the gap closed; none if no system has answer NLLs."""
+    tasks = [task for task in report.tasks if any("nll" in system.scores.get(task, {}) for system in report.systems)]
+    if not tasks:
+        return []
+    columns = ("system", *(TITLES.get(task, task) for task in tasks))
+    nll_rows, gap_rows = [], []
+    for group, system in enumerate(report.systems):
+        name = text_cell(system.name, group=group)
+        nll_rows.append((name, *(_number_cell(system.scores.get(task, {}).get("nll"), 3) for task in tasks)))
+        gaps = [_number_cell(report.gap_closed.get((system.name, task)), 2) for task in tasks]
+        gap_rows += [(name, *gaps)] if any(gap != EMPTY for gap in gaps) else []
+    caption = "Nats per token of the first reference, with 95% intervals; lower is better."
+    tables = [Table("nll", "Answer NLL", columns, tuple(nll_rows), caption)]
+    if gap_rows:
+        caption = (
+            "(b − NLL) / (b − open book), where b is the smaller NLL of closed book and, if there is one, of "
+            "mismatched contexts: 1 is as good as the full text, 0 is no better than without it."
+        )
+        tables.append(Table("gap_closed", "Gap closed", columns, tuple(gap_rows), caption))
+    return tables
+
+
+def count_table(report: Report) -> Table:
+    """Counts of answers, skipped samples and stop reasons, and sizes of prompts, by system and task."""
+    found = []
+    for group, system in enumerate(report.systems):
+        skipped = _skipped(system)
+        for task, stats in system.stats.items():
+            answers = [each for each in system.predictions if each.task == task]
+            score = next(iter(system.scores[task].values()))
+            counts: dict[str, Cell] = {
+                "answers": _count(len(answers)),
+                "clusters": _count(score.num_clusters),
+                **{f"skipped: {reason}": _count(by[task]) for reason, by in skipped.items()},
+                "shortened": _count(_by_task(system, "shortened").get(task)),
+                "empty": _count(stats.num_empty),
+            }
+            stops = Counter(each.stop or "unknown" for each in answers)
+            counts |= {f"stop: {stop}": _count(stops[stop]) for stop in ("string", "eos", "length", "unknown")}
+            sizes = system.sizes[task]
+            counts |= {
+                "×, mean": _ratio_cell(sizes.ratio),
+                "×, of sums": _ratio_cell(sizes.ratio_of_sums),
+                "×, whole prompt": _ratio_cell(sizes.prompt_ratio),
+                "prompt rows": _plain(sizes.prompt_rows, 1),
+                "new tokens": _plain(sizes.new_tokens, 1),
+            }
+            found.append((text_cell(system.name, group=group), text_cell(TITLES.get(task, task)), counts))
+    names = dict.fromkeys(name for _, _, counts in found for name in counts)
+    shown = [name for name in names if any(counts.get(name, EMPTY).value for _, _, counts in found)]
+    rows = tuple((system, task, *(counts.get(name, EMPTY) for name in shown)) for system, task, counts in found)
+    caption = (
+        "Skipped samples are not in the scores. × compares documents: the mean of the samples' ratios, the ratio of "
+        "the sums, and for the whole prompt that of the open-book prompt over the system's. Prompt rows and new tokens "
+        "are means over answers. Columns without any count are left out."
+    )
+    return Table("counts", "Counts and sizes", ("system", "task", *shown), rows, caption)
+
+
+def _skipped(system: ReportSystem) -> dict[str, Counter[str]]:
+    """Numbers of skipped samples of the first training seed, by reason and task."""
+    file = system.results.seeds[0]
+    reasons = file.run.get("skipped") or {}
+    return {reason: Counter(_numbers(by.get(file.system))) for reason, by in reasons.items() if isinstance(by, dict)}
+
+
+def _by_task(system: ReportSystem, key: str) -> dict[str, int]:
+    file = system.results.seeds[0]
+    found = file.run.get(key) or {}
+    return _numbers(found.get(file.system)) if isinstance(found, dict) else {}
+
+
+def _numbers(by_task: Any) -> dict[str, int]:
+    """Counts by task, of numbers or of lists of ids."""
+    items = by_task.items() if isinstance(by_task, dict) else ()
+    return {task: value if isinstance(value, int) else len(value) for task, value in items}
+
+
+def run_table(report: Report) -> Table:
+    """Protocol, versions and digests, each with the systems that it holds for."""
+    values: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for system in report.systems:
+        for file in system.results.seeds:
+            known = {key: value for key, value in file.run.items() if key not in _OTHER_TABLES}
+            flat = {
+                "source": str(file.path),
+                **flatten_tree(known or {"run.json": "none: protocol and data are unknown"}),
+            }
+            for key, value in flat.items():
+                names = values[key][json.dumps(value) if isinstance(value, bool) else str(value)]
+                names += [system.name] if system.name not in names else []
+    rows = [
+        (
+            text_cell(key),
+            text_cell(repr(value) if value != value.strip() else value),
+            text_cell(_systems(report, names)),
+        )
+        for key, found in values.items()
+        for value, names in found.items()
+    ]
+    return Table("runs", "Protocol, versions and digests", ("key", "value", "systems"), tuple(rows))
+
+
+def _systems(report: Report, names: list[str]) -> str:
+    return "all" if len(names) == len(report.systems) else ", ".join(names)
+
+
+def description_tables(report: Report) -> list[Table]:
+    """A table of what run.json says of each system; none if it says nothing."""
+    flat = [flatten_tree(dict(description_of(system))) for system in report.systems]
+    keys = list(dict.fromkeys(key for each in flat for key in each if key))
+    rows = [
+        (text_cell(system.name, group=group), *(text_cell(_scalar_text(each.get(key))) for key in keys))
+        for group, (system, each) in enumerate(zip(report.systems, flat, strict=True))
+    ]
+    return [Table("systems", "Systems", ("system", *keys), tuple(rows))] if keys else []
+
+
+def _scalar_text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def signatures(report: Report) -> Mapping[str, str]:
+    """The settings of the metrics."""
+    metrics: Iterable[Metric] = dict.fromkeys(
+        m for system in report.systems for task in system.scores.values() for m in task
+    )
+    lowercase = is_bleu_lowercase(*(system.results for system in report.systems))
+    return {METRICS[metric]: signature(metric, bleu_lowercase=lowercase) for metric in metrics}
+
+
+def report_markdown(report: Report, *, with_paper: bool) -> str:
+    """The report's tables as Markdown, without the samples."""
+    differences = [difference_table(report)] if report.comparisons else []
+    tables = [score_table(report, with_paper=with_paper), *differences, *nll_tables(report), count_table(report)]
+    tables += [metric_table(report), *description_tables(report), run_table(report)]
+    parts = ["# Evaluation\n", *(f"> {note}\n" for note in report.notes)]
+    for table in tables:
+        parts.append(f"## {table.title}\n")
+        parts += [f"{table.caption}\n"] if table.caption else []
+        parts.append(to_markdown(table))
+    parts.append("## Metrics\n")
+    parts.append("".join(f"- {name}: {text}\n" for name, text in signatures(report).items()))
+    return "\n".join(parts)

@@ -1,0 +1,95 @@
+"""A table and its forms: CSV, Markdown, HTML."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import dataclass
+from html import escape
+from typing import NamedTuple
+
+ABSENT = "–"
+
+
+class Cell(NamedTuple):
+    """A cell.
+
+    text: shown text.
+    value: value for CSV files and for sorting: a number or the whole text; None if the cell is empty.
+    note: a further text beside it, such as an interval.
+    group: place of the system or group, which gives the cell its colour; None for cells of no group.
+    """
+
+    text: str
+    value: float | str | None = None
+    note: str = ""
+    group: int | None = None
+
+
+EMPTY = Cell(ABSENT)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table. name: stem of its file. title: its heading. Every row has one cell for each column."""
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+
+
+def text_cell(text: str, note: str = "", group: int | None = None) -> Cell:
+    """A cell with a text, which is also its value."""
+    return Cell(text, text, note, group) if text else EMPTY
+
+
+def to_csv(table: Table) -> str:
+    """The table with whole values."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows([["" if cell.value is None else cell.value for cell in row] for row in table.rows])
+    return text.getvalue()
+
+
+def to_markdown(table: Table) -> str:
+    """The table as Markdown. Numbers are aligned to the right."""
+    marks = ["---" if is_text else "---:" for is_text in _text_columns(table)]
+    rows = [[f"{cell.text} {cell.note}".strip() for cell in row] for row in table.rows]
+    return "".join(f"| {' | '.join(map(_markdown_text, row))} |\n" for row in (table.columns, marks, *rows))
+
+
+def _text_columns(table: Table) -> list[bool]:
+    """Whether a column has texts. They are aligned to the left, numbers to the right."""
+    return [any(isinstance(row[place].value, str) for row in table.rows) for place in range(len(table.columns))]
+
+
+def _markdown_text(text: str) -> str:
+    text = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+    return text.replace("<", "&lt;")
+
+
+def to_html(table: Table, *, is_sortable: bool = True) -> str:
+    """The table as HTML. Cells of a group have its colour."""
+    kinds = [" class=t" if is_text else "" for is_text in _text_columns(table)]
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(column)}</th>' for column, kind in zip(table.columns, kinds, strict=True)
+    )
+    body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in table.rows)
+    caption = f"<p class=cap>{escape(table.caption)}</p>" if table.caption else ""
+    kind = "sortable" if is_sortable else ""
+    content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'{caption}<div class=scroll><table class="{kind}">{content}</table></div>'
+
+
+def _html_cell(cell: Cell) -> str:
+    is_text = isinstance(cell.value, str)
+    number = "Infinity" if cell.value == math.inf else cell.value  # as JavaScript writes it
+    sort = "" if cell.value is None or is_text else f' data-v="{number}"'
+    title = f' title="{escape(cell.value)}"' if isinstance(cell.value, str) and cell.value != cell.text else ""
+    swatch = "" if cell.group is None else f'<i class="sw g{cell.group}"></i>'
+    note = f" <small>{escape(cell.note)}</small>" if cell.note else ""
+    return f"<td{' class=t' if is_text else ''}{sort}{title}>{swatch}{escape(cell.text)}{note}</td>"

@@ -1,0 +1,316 @@
+"""The report: its numbers are those of scorer and comparison, its texts are escaped, its size is bounded."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from arc_ds.cli import main
+from arc_ds.errors import ConfigError, DataError
+from arc_ds.evaluation.comparison import compare_systems
+from arc_ds.evaluation.protocol import CLEAN
+from arc_ds.evaluation.report import write_report
+from arc_ds.evaluation.report.content import make_report, task_sizes
+from arc_ds.evaluation.report.page import report_page
+from arc_ds.evaluation.report.paper import paper_rows
+from arc_ds.evaluation.report.plots import Point, scatter_plot
+from arc_ds.evaluation.report.tables import count_table, difference_table, nll_tables, score_table
+from arc_ds.evaluation.results import Prediction, prediction_line, read_systems
+from arc_ds.evaluation.scoring import score_system
+from tests.helpers.eval_results import SYSTEMS, fake_folders, fake_results
+
+DRAWS = 300
+OPEN, CLOSED, ARC4 = SYSTEMS[:3]
+TASKS = {"squad": 60, "nq": 40}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return fake_folders(tmp_path_factory.mktemp("results"), SYSTEMS[:3], TASKS)
+
+
+@pytest.fixture(scope="module")
+def report(folders):
+    return make_report(read_systems(folders), num_draws=DRAWS)
+
+
+def rows_of(table):
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def test_scores_and_differences_are_those_of_scorer_and_comparison(folders, report):
+    systems = read_systems(folders)
+    for system, made in zip(systems, report.systems, strict=True):
+        scores = score_system(system, DRAWS)
+        assert made.scores == scores.by_task and made.average.value == scores.average.value
+    for other in systems[1:]:
+        assert report.comparisons[other.name].by_task == compare_systems(systems[0], other, DRAWS).by_task
+    assert report.comparisons["closed book"].by_task["squad"]["em"].value < -10  # something differs
+
+
+def test_the_table_has_the_shape_of_table_1(report):
+    rows = rows_of(score_table(report, with_paper=False))
+    assert list(rows[0]) == ["system", "×", "NQ EM", "SQuAD EM", "Avg."]  # the paper's order, not the alphabet's
+    assert [row["system"].text for row in rows] == ["open book", "closed book", "ARC4"]
+    assert [row["×"].text for row in rows] == ["1", "∞", "3.89"]
+    score = report.systems[2].scores["nq"]["em"]
+    assert rows[2]["NQ EM"].text.startswith(f"{score.value:.1f}")
+    assert rows[2]["NQ EM"].note == f"[{score.low:.1f}, {score.high:.1f}]"
+
+
+def test_an_arrow_marks_only_differences_that_hold_after_holm(report):
+    for row in rows_of(score_table(report, with_paper=False))[1:]:
+        for task, column in (("nq", "NQ EM"), ("squad", "SQuAD EM")):
+            difference = report.comparisons[row["system"].text].by_task[task]["em"]
+            assert ("▼" in row[column].text) == (difference.p_holm < 0.05 and difference.value < 0)
+    assert "▼" in rows_of(score_table(report, with_paper=False))[1]["SQuAD EM"].text
+
+
+def test_lower_nll_is_marked_as_better(folders):
+    made = make_report(read_systems(folders), baseline="closed book", metric="nll", num_draws=DRAWS)
+    row = rows_of(score_table(made, with_paper=True))[0]
+    assert "▲" in row["NQ NLL"].text and made.comparisons["open book"].by_task["nq"]["nll"].value < 0
+    assert all(sample.difference > 0 for sample in made.samples if sample.score < sample.baseline_score)
+    assert "paper" not in {row["system"].note for row in rows_of(score_table(made, with_paper=True))}
+
+
+def test_the_papers_numbers_stand_only_by_their_tasks_and_metrics(report):
+    rows = [row for row in rows_of(score_table(report, with_paper=True)) if row["system"].note == "paper"]
+    assert [row["system"].text for row in rows] == ["open book, Llama 3.1 8B", "ARC4, Llama 3.1 8B"]
+    assert (rows[1]["NQ EM"].value, rows[1]["SQuAD EM"].value) == (39.7, 74.0)
+    assert rows[1]["Avg."].value is None  # the paper's average is over six tasks
+    six = paper_rows(["nq", "triviaqa", "hotpotqa", "squad", "flores", "cnn"], with_average=True)
+    assert [row.average for row in six] == [47.4, 48.0, 45.0, 49.2, 46.5, 43.4]
+    means = [np.mean(list(row.scores.values())) for row in six[:2]]
+    assert np.allclose(means, [row.average for row in six[:2]], atol=0.06)
+    assert [row.scores["qmsum"] for row in paper_rows(["qmsum"], with_average=False)] == [19.8, 19.7, 17.6, 19.1]
+
+
+def test_ratios_follow_the_protocol_and_leave_out_unknown_counts():
+    arc = {"document_decoder_tokens": 101, "vectors": 24, "markers": 1, "prompt_rows": 55, "open_book_rows": 131}
+    long = {"document_decoder_tokens": 900, "vectors": 99, "markers": 1, "prompt_rows": 130, "open_book_rows": 930}
+    sizes = task_sizes([arc, long], "decoder")
+    assert sizes.ratio == pytest.approx((101 / 25 + 9) / 2) and sizes.ratio_of_sums == 1001 / 125
+    assert sizes.prompt_ratio == 1061 / 185 and sizes.prompt_rows == 92.5 and sizes.new_tokens is None
+    last = {**arc, "last_document_encoder_tokens": 80, "last_vectors": 20}
+    assert task_sizes([last], "encoder").ratio == 4 and task_sizes([last], "decoder").ratio == 101 / 25
+    half = {"document_decoder_tokens": 100, "prompt_rows": 80, "open_book_rows": 130}
+    closed = {"document_decoder_tokens": 100, "prompt_rows": 20, "open_book_rows": 130}
+    assert task_sizes([half], "decoder").ratio == 2 and math.isinf(task_sizes([closed], "decoder").ratio)
+    bare = task_sizes([{"prompt_rows": 20, "new_tokens": 3}], "encoder")
+    assert math.isinf(bare.ratio) and math.isinf(bare.ratio_of_sums) and bare.prompt_ratio is None
+    assert task_sizes([{}, {}], "decoder") == (None,) * 5
+
+
+def test_gap_closed_is_that_of_the_nlls(report):
+    nll = {system.name: system.scores["nq"]["nll"].value for system in report.systems}
+    gap = report.gap_closed["ARC4", "nq"]
+    assert gap.value == (nll["closed book"] - nll["ARC4"]) / (nll["closed book"] - nll["open book"])
+    assert 0.5 < gap.low < gap.value < gap.high < 1.2
+    assert {name for name, _ in report.gap_closed} == {"ARC4"}
+    assert [table.title for table in nll_tables(report)] == ["Answer NLL", "Gap closed"]
+
+
+def test_mismatched_contexts_lower_the_floor_of_the_gap(tmp_path, folders):
+    mismatched = replace(ARC4, name="mismatched", kind="mismatched", nats=3.0)
+    other = fake_results(tmp_path / "mismatched", mismatched, TASKS)
+    made = make_report(read_systems([*folders, str(other)]), num_draws=DRAWS)
+    nll = {system.name: system.scores["nq"]["nll"].value for system in made.systems}
+    expected = (nll["mismatched"] - nll["ARC4"]) / (nll["mismatched"] - nll["open book"])
+    assert made.gap_closed["ARC4", "nq"].value == expected and nll["mismatched"] < nll["closed book"]
+
+
+def test_differing_samples_are_bounded_balanced_and_show_who_is_right(folders):
+    made = make_report(read_systems(folders), max_samples=24, num_draws=DRAWS)
+    assert len(made.samples) == 24
+    cells = Counter((each.system, each.task, each.difference > 0) for each in made.samples)
+    assert set(cells.values()) == {3}  # two systems, two tasks, two directions
+    for each in made.samples:
+        assert abs(each.baseline_score - each.score) == 100
+        assert (each.prediction in each.references) == (each.score == 100) == (each.difference > 0)
+    counts = made.pair_counts["ARC4", "squad"]
+    difference = made.comparisons["ARC4"].by_task["squad"]["em"]
+    assert sum(counts) == 60 and (counts.better - counts.worse) / 60 * 100 == pytest.approx(difference.value)
+    row = next(r for r in rows_of(difference_table(made)) if (r["system"].text, r["task"].text) == ("ARC4", "SQuAD EM"))
+    assert (row["better"].value, row["worse"].value, row["equal"].value) == counts
+
+
+class Tags(HTMLParser):
+    """Names of all tags, all attributes, and the text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.names, self.attributes, self.text = Counter(), [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.names[tag] += 1
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text += data
+
+
+HOSTILE = "</article></script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+
+
+def write_lines(path, predictions):
+    path.write_text("".join(f"{prediction_line(each)}\n" for each in predictions), encoding="utf-8")
+    return str(path)
+
+
+def hostile_files(root, num=6, length=0):
+    """Predictions files of two systems whose every text is hostile. One is right, the other one is wrong."""
+    text = f"{HOSTILE}{'x' * length}"
+    files = []
+    for name, given in (("a" + HOSTILE, text), ("b" + HOSTILE, "wrong " + text)):
+        lines = [
+            Prediction(
+                id=f"{n}{HOSTILE}",
+                task="qa",
+                prediction=given,
+                references=(text,),
+                system=name,
+                decoder=HOSTILE,
+                stop=HOSTILE,
+                others={"question": HOSTILE + "&" * length},
+            )
+            for n in range(num)
+        ]
+        files.append(write_lines(root / f"{len(files)}.jsonl", lines))
+    return files
+
+
+def test_hostile_texts_stay_texts(tmp_path):
+    page = report_page(make_report(read_systems(hostile_files(tmp_path)), num_draws=DRAWS), with_paper=True)
+    tags = Tags(page)
+    assert tags.names["script"] == 1 and tags.names["img"] == 0 and tags.names["article"] == 6
+    assert not [name for name, _ in tags.attributes if name.startswith("on")]
+    assert HOSTILE in tags.text
+    outside = [value for name, value in tags.attributes if name in ("src", "href") and not value.startswith("#")]
+    assert outside == [] and "@import" not in page and "url(" not in page
+
+
+def test_the_page_of_many_long_answers_stays_small(tmp_path):
+    files = hostile_files(tmp_path, num=400, length=5000)
+    page = report_page(make_report(read_systems(files), num_draws=DRAWS), with_paper=False)
+    assert len(page) < 3e6 and Tags(page).names["article"] == 300
+    assert "300 of 400 pairs" in page
+
+
+def test_one_system_has_scores_and_no_differences(folders):
+    made = make_report(read_systems(folders[:1]), num_draws=DRAWS)
+    page = report_page(made, with_paper=False)
+    assert (
+        "no system to compare with" in page
+        and "Samples that differ" not in page
+        and "▼" not in page.partition("<body>")[2]
+    )
+    assert made.comparisons == {} and made.systems[0].average is not None
+
+
+def test_a_file_of_another_program_has_scores_without_sizes(tmp_path):
+    lines = [json.dumps({"id": n, "task": "qa", "prediction": "x", "references": ["x"]}) for n in range(3)]
+    (tmp_path / "lclm.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    made = make_report(read_systems([str(tmp_path / "lclm.jsonl")]), num_draws=DRAWS)
+    page = report_page(made, with_paper=True)
+    assert made.systems[0].name == "lclm" and "Score against" not in page and "protocol and data are unknown" in page
+
+
+def test_other_protocols_and_data_are_refused_unless_forced(tmp_path, folders):
+    first_only = replace(CLEAN, references="first")
+    protocol = str(fake_results(tmp_path / "protocol", ARC4, TASKS, protocol=first_only))
+    data = str(fake_results(tmp_path / "data", ARC4, TASKS, questions="again"))
+    fewer = str(fake_results(tmp_path / "fewer", ARC4, {"squad": 50, "nq": 40}))
+    for other, difference in ((protocol, "references"), (data, "again"), (fewer, "squad-00050")):
+        with pytest.raises(DataError, match=re.escape(difference)) as error:
+            make_report(read_systems([folders[0], other]), num_draws=DRAWS)
+        assert "--force" in str(error.value)
+        forced = make_report(read_systems([folders[0], other]), force=True, num_draws=DRAWS)
+        assert difference in forced.notes[0] and difference in report_page(forced, with_paper=False)
+    assert forced.comparisons["ARC4"].by_task["squad"]["em"].n == 50  # the questions that both have
+    assert forced.systems[0].scores["squad"]["em"].n == 60
+
+
+def test_a_system_without_a_task_is_compared_in_the_others(tmp_path, folders):
+    squad = str(fake_results(tmp_path / "squad", replace(ARC4, name="short"), {"squad": 60}))
+    made = make_report(read_systems([folders[0], squad]), num_draws=DRAWS)
+    assert list(made.comparisons["short"].by_task) == ["squad"] and made.systems[1].average is None
+    row = rows_of(score_table(made, with_paper=False))[1]
+    assert row["NQ EM"].text == row["Avg."].text == "–"
+    nq = str(fake_results(tmp_path / "nq", replace(ARC4, name="nq"), {"nq": 40}))
+    apart = make_report(read_systems([squad, nq]), num_draws=DRAWS)
+    assert apart.comparisons == {} and "no task in common" in apart.notes[0]
+
+
+def test_training_seeds_are_one_system(tmp_path, folders):
+    seeds = []
+    for seed in range(3):
+        system = replace(ARC4, name=f"ARC4 of seed {seed}")
+        seeds.append(str(fake_results(tmp_path / str(seed), system, TASKS)))
+    made = make_report(read_systems([folders[0], ",".join(seeds)]), num_draws=DRAWS)
+    assert len(made.systems) == 2 and made.systems[1].scores["nq"]["em"].seed_sd > 0
+    counts = rows_of(count_table(made))
+    assert [row["answers"].value for row in counts] == [40, 60, 120, 180]
+
+
+def test_counts_of_stops_and_skipped_samples_are_shown(tmp_path):
+    folder = fake_results(tmp_path / "open", OPEN, {"hotpotqa": 40})
+    row = rows_of(count_table(make_report(read_systems([str(folder)]), num_draws=DRAWS)))[0]
+    assert row["skipped: too long"].value == 2
+    stops = [row[name].value for name in row if name.startswith("stop: ")]
+    assert sum(stops) == 40 and row["empty"].value > 0 and "stop: unknown" not in row
+
+
+def test_names_of_points_at_one_place_do_not_cover_each_other():
+    points = [Point(f"system {n}", n, 50.0 + n / 10, 49.0, 52.0, x=4.0) for n in range(6)]
+    svg = scatter_plot(points, "x", "y")
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class=name>', svg)
+    places = [(float(x), float(y)) for x, y in found]
+    assert len(places) == 6
+    for (x, y), (other_x, other_y) in combinations(places, 2):
+        assert abs(y - other_y) >= 11.9 or abs(x - other_x) > 48  # a name is 12 high and 48 wide
+
+
+def test_wrong_names_and_an_empty_file_have_one_clear_error(tmp_path, folders):
+    with pytest.raises(ConfigError, match=r"no system is named 'ARC5'.*closed book, ARC4"):
+        make_report(read_systems(folders), baseline="ARC5", num_draws=DRAWS)
+    with pytest.raises(ConfigError, match=r"has no bleu in task nq; it has em, f1"):
+        make_report(read_systems(folders), metric="bleu", num_draws=DRAWS)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DataError, match=r"empty\.jsonl has no lines"):
+        make_report(read_systems([str(tmp_path / "empty.jsonl")]), num_draws=DRAWS)
+
+
+def test_the_command_writes_page_markdown_and_csv(tmp_path, folders, capsys):
+    out = tmp_path / "new" / "report"
+    assert main(["eval", "report", *folders[:2], "--out", str(out), "--paper", "--tasks", "nq", "--samples", "5"]) == 0
+    assert capsys.readouterr().out.split() == [
+        str(out / name) for name in ("report.html", "report.md", "scores.csv", "differences.csv")
+    ]
+    assert Tags((out / "report.html").read_text("utf-8")).names["article"] == 5
+    markdown = (out / "report.md").read_text("utf-8")
+    assert "| ARC4, Llama 3.1 8B paper | 4 | 39.7 |" in markdown and "protocol.examples" in markdown
+    (row,) = (
+        row
+        for row in csv.DictReader((out / "scores.csv").open())
+        if (row["system"], row["metric"]) == ("open book", "em")
+    )
+    (difference,) = (row for row in csv.DictReader((out / "differences.csv").open()) if row["metric"] == "em")
+    assert float(row["value"]) == float(difference["first"]) and row["is_headline"] == "true"
+    assert float(difference["num_better"]) + float(difference["num_worse"]) + float(difference["num_equal"]) == 40
+
+
+def test_a_second_report_replaces_the_first(tmp_path, folders):
+    for systems in (folders, folders[:1]):
+        write_report(make_report(read_systems(systems), num_draws=DRAWS), tmp_path)
+    assert "ARC4" not in (tmp_path / "report.html").read_text("utf-8")

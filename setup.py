@@ -86,7 +86,12 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["arc_ds", "arc_ds.*"]) + find_packages("kernels", include=["arc_kernels*"]),
     package_dir={"arc_kernels": "kernels/arc_kernels"},
-    package_data={"arc_ds.planning": ["*.json"]},
+    package_data={
+        "arc_ds.planning": ["*.json"],
+        "arc_ds.comparison": ["*.css", "*.js"],
+        "arc_ds.evaluation.report": ["*.css", "*.js"],
+        "arc_ds.pages": ["*.css", "*.js"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["arc-ds = arc_ds.cli:main"]},

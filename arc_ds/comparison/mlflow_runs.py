@@ -29,7 +29,7 @@ from arc_ds.comparison.folders import DIGEST, as_text
 from arc_ds.comparison.runs import ComparedRun, Curve, Floats, Steps, make_curve
 from arc_ds.errors import DataError, StorageError
 from arc_ds.system.packages import require
-from arc_ds.tracking import mlflow_server
+from arc_ds.tracking.database import for_mlflow, home, set_environment
 from arc_ds.tracking.faults import remedy, words_of
 from arc_ds.tracking.uris import sqlite_database, without_secret
 
@@ -71,11 +71,11 @@ def open_store(uri: str) -> Store:
             f"{database}, the MLflow database to read, does not exist. Give the one of your runs with --tracking-uri, "
             "for example sqlite:///runs/mlflow.db, or compare the folders of the runs."
         )
-    mlflow_server.set_environment()
-    with mlflow_server.home():
+    set_environment()
+    with home():
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
-    store = Store(uri, MlflowClient(tracking_uri=mlflow_server.for_mlflow(uri)))
+    store = Store(uri, MlflowClient(tracking_uri=for_mlflow(uri)))
     try:
         store.client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:

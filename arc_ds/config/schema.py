@@ -14,6 +14,7 @@ from arc_ds.config.ranges import Count, NonNegativeFloat, Positive, PositiveFloa
 from arc_ds.errors import ConfigError
 from arc_ds.system.user_paths import user_path
 
+DeviceName = Literal["auto", "cuda", "cpu"]
 RopeScalingChoice = Literal["checkpoint", "none"]
 # The names of `arc_ds.model.pooling.STRATEGIES`, which a config must not import. A test compares the two.
 PoolingStrategy = Literal[
@@ -441,7 +442,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights in forward and backward. Master weights, gradient sums and optimizer states are always
     fp32."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: DeviceName = "auto"
     """auto: GPUs if there are any, otherwise the CPU."""
     attention_backend: Literal["auto", "triton", "flash", "reference"] = "auto"
     """auto: our kernels on a GPU, or PyTorch's FlashAttention at shapes at which it was measured to be faster. flash:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from arc_ds.config.decode import decode, nearest
 from arc_ds.config.ranges import Count, Positive, PositiveFloat, Range
-from arc_ds.config.schema import PathText
+from arc_ds.config.schema import DeviceName, PathText
 from arc_ds.config.tree import Entry, apply_override, parse_yaml
 from arc_ds.errors import ConfigError
 from arc_ds.evaluation.datasets import find_task
@@ -118,7 +118,7 @@ class EvalConfig:
     """Whether to compute the NLL of each sample's first reference."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of all weights."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: DeviceName = "auto"
     """auto: GPUs if there are any, otherwise the CPU."""
     wait_s: PositiveFloat = 3600.0
     """Seconds without a new batch of any other rank after which rank 0 gives up. It must be longer than a batch."""

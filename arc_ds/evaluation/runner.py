@@ -152,6 +152,7 @@ def answer_batch(system: System, batch: Batch, *, decoder: str, nll: bool, seed:
                 nll=None if nlls is None else {"nats": nlls[idx].nats, "tokens": nlls[idx].tokens},
                 prompt_sha=prompt_sha(planned.prompt),
                 seed=seed,
+                others={"question": sample.question},
             )
         )
     return tuple(predictions)

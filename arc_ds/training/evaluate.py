@@ -23,7 +23,7 @@ from arc_ds.inference.reader import DecoderReader
 from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.system import dist
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
-from arc_ds.training.build_model import encoder_tokenizer_path
+from arc_ds.training.build_model import tokenizer_path
 from arc_ds.training.lockstep import Lockstep
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def open_evaluator(config: RunConfig, readers: Sequence[ReaderFiles]) -> Evaluat
     return Evaluator(
         config=wanted,
         tasks=[load_task(task, wanted.protocol.protocol) for task in wanted.tasks],
-        encoder_tokenizer=load_tokenizer(encoder_tokenizer_path(config.encoder)),
+        encoder_tokenizer=load_tokenizer(tokenizer_path(config.encoder)),
         decoder_tokenizers=[files.load().tokenizer for files in readers],
         bos=config.data.decoder_bos,
         max_context_tokens=config.data.max_context_tokens,

@@ -134,7 +134,7 @@ PROMPTS = [[5, 17, 80, 33, 9], [61, 2, 44, 7, 7, 90, 12, 51, 30, 8, 25], [70, 41
 
 
 @pytest.mark.parametrize("family", [*PACKED, *PADDED])
-def test_ragged_prompts_continue_with_the_models_continue_prompts(family: str, tmp_path: Path) -> None:
+def test_ragged_prompts_continue_with_the_models_own_tokens(family: str, tmp_path: Path) -> None:
     # A tied head with large random weights repeats the last token.
     model = write_model(tmp_path, family, initializer_range=0.6, tie_word_embeddings=False)
     decoder = load(tmp_path)
@@ -152,7 +152,7 @@ def test_ended_sequences_stay_in_the_batch_and_change_no_token(tmp_path: Path) -
     reader, shared = DecoderReader(decoder=load(tmp_path)), [3, 9, 27, 81, 4, 12] * 6
     prompts, limits = [[*shared, *ids] for ids in PROMPTS], [2, 9, 5]
     lines = reader.continue_rows([[TokenIds(ids)] for ids in prompts], max_new_tokens=limits)
-    expected = own_tokens(model, prompts, 9)
+    expected = continue_prompts(model, prompts, 9)
     assert [line.ids for line in lines] == [ids[:limit] for ids, limit in zip(expected, limits, strict=True)]
     assert [line.stop for line in lines] == ["length"] * 3
     (nats, num), *_ = reader.nll_rows([[TokenIds(ids)] for ids in prompts], [TokenIds(ids[:4]) for ids in expected])

@@ -18,7 +18,7 @@ from arc_ds.comparison.panels import AXES
 from arc_ds.comparison.report import FEW_RUNS, Comparison, Options, compare_runs, to_json
 from arc_ds.comparison.tables import Table, to_text
 from arc_ds.errors import ConfigError
-from arc_ds.system.user_paths import path_argument
+from arc_ds.system.user_paths import path_argument, user_path
 from arc_ds.tracking.registration import find_mlflow_run
 
 _SHOWN = ("runs", "groups", "config", "evaluation", "speed", "environment")
@@ -37,6 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "runs",
+        type=user_path,
         nargs="*",
         metavar="RUN",
         help="folder of a run, folder that holds runs, result folder of an evaluation, or id or name of an MLflow run",
@@ -44,6 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--experiment", metavar="NAME", help="all runs of an experiment in MLflow")
     parser.add_argument(
         "--tracking-uri",
+        type=user_path,
         metavar="URI",
         help="MLflow's server or database (default: MLFLOW_TRACKING_URI, or mlflow.db in $RUNS, . or ./runs)",
     )
@@ -67,7 +69,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--log", action="store_true", help="logarithmic y-axis for losses, norms and learning rates")
     parser.add_argument("--out", type=path_argument, metavar="DIR", help="write page, CSV files and pictures there")
     parser.add_argument(
-        "--log-to", metavar="RUN", help="log the page and its files as artifacts of this run (folder, id or name)"
+        "--log-to",
+        type=user_path,
+        metavar="RUN",
+        help="log the page and its files as artifacts of this run (folder, id or name)",
     )
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
     parser.set_defaults(run=run)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.system.user_paths import path_argument
 
 HELP = "answer the questions of a config with its systems; the same command goes on after a stop"
 
@@ -15,7 +16,7 @@ _MODULE = "arc_ds.commands.eval.run"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("config", metavar="CONFIG.yaml", help="such as ds_configs/eval/demo.yaml")
+    parser.add_argument("config", type=path_argument, metavar="CONFIG.yaml", help="such as ds_configs/eval/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="config overrides")
     parser.add_argument("--num-procs", type=int, help="number of processes (default: one per GPU, or one on the CPU)")
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from arc_ds.launch.wrapper import choose_num_procs, launch
     from arc_ds.system import dist
 
-    words = [args.config, *args.overrides]
+    words = [str(args.config), *args.overrides]
     if not dist.under_launcher():
         config = load_eval_config(args.config, args.overrides)
         num_procs = choose_num_procs(args.num_procs, config.device)

@@ -217,8 +217,8 @@ def test_an_export_says_how_its_decoders_were_read(tmp_path: Path, export_format
     trained = dataclasses.replace(trained, decoders=decoders)
     write_export(trained, tmp_path / "out", export_format=export_format)
     readings = open_arc_folder(tmp_path / "out").decoders
-    assert [(reading.rope_scaling, reading.bos) for reading in readings] == [("none", True), ("checkpoint", False)]
-    assert ArcModel.from_checkpoint(tmp_path / "out", decoders=[]).decoder_chat_templates == [None, "llama2"]
+    found = [(reading.rope_scaling, reading.bos, reading.chat_template) for reading in readings]
+    assert found == [("none", True, None), ("checkpoint", False, "llama2")]
 
 
 def test_a_scaling_that_the_reference_ignores_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

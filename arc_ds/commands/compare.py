@@ -16,8 +16,9 @@ from arc_ds.comparison.find import find_inputs, find_store
 from arc_ds.comparison.mlflow_runs import Store, find_run, log_files, open_store
 from arc_ds.comparison.panels import AXES
 from arc_ds.comparison.report import FEW_RUNS, Comparison, Options, compare_runs, to_json
-from arc_ds.comparison.tables import Table, to_text
+from arc_ds.comparison.tables import to_text
 from arc_ds.errors import ConfigError
+from arc_ds.pages.tables import Table
 from arc_ds.system.user_paths import path_argument, user_path
 from arc_ds.tracking.registration import find_mlflow_run
 

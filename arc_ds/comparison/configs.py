@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from arc_ds.comparison.runs import ComparedRun
+from arc_ds.pages.tables import ABSENT
 
 SEED = "seed"
-ABSENT = "–"
 _LABELS = re.compile(r"run_dir|tracking\.(run_name|uri)")  # they name a run
 _OF_SEEDS = re.compile(rf"{SEED}|tracking\..*")
 _END_OF_SEEDS = re.compile(r"[\s_\-./]*(seed|run|s)?[\s_\-./=]*$")

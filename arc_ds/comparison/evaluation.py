@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from arc_ds.comparison.tables import Cell, Table, number_cell
+from arc_ds.comparison.tables import number_cell
 from arc_ds.errors import DataError
 from arc_ds.evaluation.results import PREDICTIONS
+from arc_ds.pages.tables import Cell, Table
 
 
 def is_result_folder(path: Path) -> bool:

@@ -10,7 +10,7 @@ from arc_ds.comparison.figure import draw_figure
 from arc_ds.comparison.page import render_page
 from arc_ds.comparison.panels import Panel
 from arc_ds.comparison.report import Comparison, make_panels
-from arc_ds.comparison.tables import Table, to_csv
+from arc_ds.pages.tables import Table, to_csv
 from arc_ds.system.files import output, write_whole
 
 PAGE = "comparison.html"

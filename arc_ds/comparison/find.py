@@ -22,7 +22,7 @@ _DATABASE = "mlflow.db"
 
 
 class Inputs(NamedTuple):
-    """What the arguments name. runs: runs with unique names. results: result folders of evaluations."""
+    """Named inputs. runs: runs with unique names. results: result folders of evaluations."""
 
     runs: tuple[ComparedRun, ...]
     results: tuple[Path, ...]

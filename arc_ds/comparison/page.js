@@ -1,20 +1,3 @@
-"use strict";
-// Sorting: a click on a column's head. Numbers stand in data-v.
-document.querySelectorAll("table.sortable th").forEach((th) => th.addEventListener("click", () => {
-  const body = th.closest("table").tBodies[0], at = th.cellIndex;
-  const down = th.getAttribute("aria-sort") === "ascending";
-  th.parentNode.querySelectorAll("th").forEach((each) => each.removeAttribute("aria-sort"));
-  th.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const key = (row) => { const cell = row.cells[at], v = cell.dataset.v; return v === undefined ? cell.textContent : +v; };
-  const empty = (k) => k === "–" || Number.isNaN(k);
-  const order = (a, b) => {
-    const x = key(a), y = key(b);
-    if (empty(x) || empty(y)) return empty(x) - empty(y);
-    const less = typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y));
-    return down ? -less : less;
-  };
-  [...body.rows].sort(order).forEach((row) => body.append(row));
-}));
 // Highlight: a click on a run in the legend or in a table.
 const pins = new Set();
 const drawPins = () => {

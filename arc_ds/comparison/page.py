@@ -10,7 +10,9 @@ from pathlib import Path
 from arc_ds.comparison.panels import Panel
 from arc_ds.comparison.report import FEW_RUNS, MAX_COLOURS, Comparison
 from arc_ds.comparison.svg import draw_panel
-from arc_ds.comparison.tables import Table, to_html
+from arc_ds.comparison.tables import to_html
+from arc_ds.pages.frame import common_style, notes_html, sorting_script
+from arc_ds.pages.tables import Table
 from arc_ds.version import __version__
 
 _HERE = Path(__file__).parent
@@ -44,11 +46,11 @@ def render_page(
     return "".join(
         (
             f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width">'
-            f"<title>{escape(title)}</title><style>{_text('page.css')}{_colours(comparison)}</style></head>",
+            f"<title>{escape(title)}</title><style>{common_style()}{_text('page.css')}{_colours(comparison)}</style></head>",
             f'<body class="{"many" if len(groups) > MAX_COLOURS else ""}"><h1>{escape(title)}</h1>',
             f"<div class=sub>{escape(head)}. ARC-DS {__version__}</div><nav>",
             *(f'<a href="#{name}">{escape(text)}</a>' for name, text in links),
-            f"</nav>{_notes(comparison.notes)}",
+            f"</nav>{notes_html(comparison.notes)}",
             *(_section(each) for each in anchors),
             "" if "config" in tables else "<h2>Config differences</h2><p>The configs of the runs are equal.</p>",
             "<h2 id=evaluation>Evaluation</h2>" if evaluation else "",
@@ -57,7 +59,7 @@ def render_page(
             *(_section(each) for each in shown_after),
             _sources(comparison),
             f"<p class=cap>Made by <code>{escape(command)}</code></p><div id=tip></div>",
-            f"<script>{_text('page.js')}</script></body></html>\n",
+            f"<script>{sorting_script()}{_text('page.js')}</script></body></html>\n",
         )
     )
 
@@ -80,10 +82,6 @@ def _colours(comparison: Comparison) -> str:
 def _dashes(num: int) -> Iterator[tuple[int, str]]:
     for place in range(4, num):
         yield place, ("7 3", "3 2", "9 2 2 2", "1.5 2.5")[place - 4]
-
-
-def _notes(notes: Sequence[str]) -> str:
-    return f"<div class=notes><ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul></div>" if notes else ""
 
 
 def _section(table: Table) -> str:

@@ -34,8 +34,9 @@ from arc_ds.comparison.summary import (
     speed_and_memory,
     summarize,
 )
-from arc_ds.comparison.tables import EMPTY, Cell, Table, number_cell, transposed
+from arc_ds.comparison.tables import number_cell, transposed
 from arc_ds.errors import DataError
+from arc_ds.pages.tables import EMPTY, Cell, Table
 
 FEW_RUNS = 6  # so many runs are columns; more are rows
 MAX_COLOURS = 8
@@ -47,7 +48,7 @@ _LOG_SCALED = ("loss", "nll", "perplexity", "grad_norm", "lr/")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a comparison shows.
+    """The content of a comparison.
 
     best: metric that orders the runs, with `:min` or `:max` if its name does not tell; None for a usual one.
     at_step: step of the at-step column; None for the last step that all runs reached.

@@ -11,6 +11,7 @@ import numpy as np
 from arc_ds.comparison.panels import Panel, Series
 from arc_ds.comparison.runs import Floats
 from arc_ds.comparison.tables import number
+from arc_ds.pages.axes import nice_ticks
 
 WIDTH, HEIGHT = 430, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 8, 36
@@ -103,14 +104,6 @@ def _y_axis(panel: Panel, low: float, high: float, y_of: Scale) -> list[str]:
             f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" class=end>{text}</text>'
         )
     return parts
-
-
-def nice_ticks(low: float, high: float, num: int = _TICKS) -> list[float]:
-    """About `num` multiples of 1, 2 or 5 times a power of ten between two values."""
-    step = 10.0 ** math.floor(math.log10((high - low) / num))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= num)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(idx * step, 12 - math.floor(math.log10(step))) for idx in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[tuple[float, str]]:

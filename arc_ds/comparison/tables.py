@@ -1,48 +1,15 @@
-"""A table and its forms: text, CSV, HTML."""
+"""Tables of runs as text and HTML, and their numbers."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import NamedTuple
 
-from arc_ds.comparison.configs import ABSENT
+from arc_ds.pages.tables import EMPTY, Cell, Table, html_cell
 
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-class Cell(NamedTuple):
-    """A cell.
-
-    text: shown text.
-    value: value for CSV files and for sorting: a number or the whole text; None if the cell is empty.
-    note: a further text beside it, such as the step of a value.
-    group: place of the group of runs, which gives the cell its colour; None for cells of no group.
-    """
-
-    text: str
-    value: float | str | None = None
-    note: str = ""
-    group: int | None = None
-
-
-EMPTY = Cell(ABSENT)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table. name: stem of its CSV file. title: its heading. Every row has one cell for each column."""
-
-    name: str
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    caption: str = ""
 
 
 def number(value: float) -> str:
@@ -90,19 +57,10 @@ def to_text(table: Table, max_rows: int) -> str:
     return "\n".join([table.title, *(f"  {line}" for line in lines)])
 
 
-def to_csv(table: Table) -> str:
-    """The table with whole values."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.columns)
-    writer.writerows([["" if cell.value is None else cell.value for cell in row] for row in table.rows])
-    return text.getvalue()
-
-
 def to_html(table: Table) -> str:
     """The table as HTML. Cells of a group have its colour and the attribute `data-g`."""
     head = "".join(f'<th scope="col">{_breakable(column)}</th>' for column in table.columns)
-    rows = "".join(f"<tr{_group_of(row)}>{''.join(map(_html_cell, row))}</tr>" for row in table.rows)
+    rows = "".join(f"<tr{_group_of(row)}>{''.join(map(html_cell, row))}</tr>" for row in table.rows)
     caption = f"<p class=cap>{escape(table.caption)}</p>" if table.caption else ""
     body = f"<table class=sortable><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return f"{caption}<div class=scroll>{body}</div>"
@@ -115,12 +73,3 @@ def _breakable(text: str) -> str:
 
 def _group_of(row: Sequence[Cell]) -> str:
     return "" if row[0].group is None else f' data-g="{row[0].group}"'
-
-
-def _html_cell(cell: Cell) -> str:
-    is_text = isinstance(cell.value, str)
-    sort = "" if cell.value is None or is_text else f' data-v="{cell.value}"'
-    title = f' title="{escape(cell.value)}"' if isinstance(cell.value, str) and cell.value != cell.text else ""
-    swatch = "" if cell.group is None else f'<i class="sw g{cell.group}"></i>'
-    note = f" <small>{escape(cell.note)}</small>" if cell.note else ""
-    return f"<td{' class=t' if is_text else ''}{sort}{title}>{swatch}{escape(cell.text)}{note}</td>"

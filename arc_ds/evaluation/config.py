@@ -85,7 +85,7 @@ class TaskConfig:
     path: PathText
     """File or folder of the tested samples, in a format that the task reads."""
     examples: PathText | None = None
-    """File or folder of the in-context examples. None: they are taken out of the tested file."""
+    """File or folder of the in-context examples. None: samples of the tested file, which are not tested."""
     max_samples: Positive | None = None
     """How many samples are asked, of each direction if the task translates. None: all."""
     num_examples: Count | None = None

@@ -68,7 +68,7 @@ def _warn_unknown(task: str) -> None:
 
 
 class Answer(NamedTuple):
-    """What a metric sees of one sample.
+    """The inputs of a metric for one sample.
 
     task: name of the task: F1 has variants.
     prediction: the answer.

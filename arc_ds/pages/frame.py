@@ -28,14 +28,23 @@ def render_page(
         f"<section><h2 id={place}>{escape(name)}</h2>{content}</section>"
         for place, (name, content) in zip(places, sections, strict=True)
     )
-    style = (_HERE / "page.css").read_text("utf-8") + style
-    script = (_HERE / "sort.js").read_text("utf-8") + script
+    style, script = common_style() + style, sorting_script() + script
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{escape(title)}</title><style>{style}</style></head><body>"
         f"<h1>{escape(title)}</h1><div class=sub>{escape(subtitle)} · ARC-DS {__version__}</div><nav>{links}</nav>"
         f"{body}<script>{script}</script></body></html>\n"
     )
+
+
+def common_style() -> str:
+    """CSS of all pages."""
+    return (_HERE / "page.css").read_text("utf-8")
+
+
+def sorting_script() -> str:
+    """JavaScript that sorts a table of the class `sortable` by a click on the head of a column."""
+    return (_HERE / "sort.js").read_text("utf-8")
 
 
 def colours(num_groups: int) -> str:

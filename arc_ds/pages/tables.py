@@ -17,7 +17,7 @@ class Cell(NamedTuple):
 
     text: shown text.
     value: value for CSV files and for sorting: a number or the whole text; None if the cell is empty.
-    note: a further text beside it, such as an interval.
+    note: a further text next to it, such as an interval.
     group: place of the system or group, which gives the cell its colour; None for cells of no group.
     """
 
@@ -78,14 +78,15 @@ def to_html(table: Table, *, is_sortable: bool = True) -> str:
     head = "".join(
         f'<th scope="col"{kind}>{escape(column)}</th>' for column, kind in zip(table.columns, kinds, strict=True)
     )
-    body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in table.rows)
+    body = "".join(f"<tr>{''.join(map(html_cell, row))}</tr>" for row in table.rows)
     caption = f"<p class=cap>{escape(table.caption)}</p>" if table.caption else ""
     kind = "sortable" if is_sortable else ""
     content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f'{caption}<div class=scroll><table class="{kind}">{content}</table></div>'
 
 
-def _html_cell(cell: Cell) -> str:
+def html_cell(cell: Cell) -> str:
+    """A cell as HTML, with its value for sorting."""
     is_text = isinstance(cell.value, str)
     number = "Infinity" if cell.value == math.inf else cell.value  # as JavaScript writes it
     sort = "" if cell.value is None or is_text else f' data-v="{number}"'

@@ -1,4 +1,4 @@
-"""What the tasks with long documents share. The wording of their instructions is ours.
+"""Common parts of the tasks with long documents. The wording of their instructions is ours.
 
 SCROLLS writes the question, an empty line and the document into one field, and has a row for each reference of a
 question. Rows of the reference's own files have `passage`, `question`, `answer` and an `instruction`, which replaces

@@ -213,7 +213,7 @@ def _row(fields: Mapping[str, Any]) -> Iterator[Entry]:
 
 
 def _kilt(fields: Mapping[str, Any]) -> Iterator[Entry]:
-    """A KILT object: answers and provenance in `output`. Passages beside them (`ctxs`) come first."""
+    """A KILT object: answers and provenance in `output`. Passages in the same row (`ctxs`) come first."""
     outputs = rows_of(fields["output"])
     provenance = [item for output in outputs for item in rows_of(output.get("provenance") or []) if item.get("text")]
     yield Entry(

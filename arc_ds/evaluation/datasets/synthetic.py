@@ -57,7 +57,7 @@ class HaystackSpec:
 
 
 class Haystack(NamedTuple):
-    """What a sample hides and asks.
+    """The hidden sentences of a sample, with question and answer.
 
     needles: sentences to hide, in their order.
     question: the question about them.

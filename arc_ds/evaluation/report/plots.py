@@ -1,6 +1,6 @@
 """The plots of a report as inline SVG: scores with intervals, scores against sizes, differences.
 
-Every point has its system's name beside it, and its values as a tooltip. The class `g3` has the colour of system 3.
+Every point has its system's name next to it, and its values as a tooltip. The class `g3` has the colour of system 3.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from arc_ds.pages.frame import NUM_COLOURS
 _WIDTH = 430
 _ROW = 20  # height of a row of a dot plot
 _TOP, _BOTTOM = 8, 36
-_CHAR = 6.0  # mean width of a character of a label
+_CHAR = 7.0  # mean width of a character of a label
 _MAX_LABEL = 24
 _HEIGHT = 250
 _LEFT, _RIGHT = 44, 12  # of a scatter plot
@@ -171,7 +171,7 @@ def dot_plot(points: Sequence[Point], unit: str, *, has_zero: bool = False) -> s
 
 
 def scatter_plot(points: Sequence[Point], x_label: str, unit: str) -> str:
-    """Scores over a size on a logarithmic axis. Infinite sizes stand at the right end, behind a gap.
+    """Scores over a size on a logarithmic axis. Infinite sizes stand at the right end, after a gap.
 
     unit: label of the y-axis.
     """

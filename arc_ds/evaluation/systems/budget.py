@@ -76,7 +76,7 @@ def choose_sentences(text: str, query: str, num_tokens: int, tokenizer: Tokenize
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, each with the white space behind it. They end at `.`, `!` or `?`, and at line ends."""
+    """The sentences of a text, each with the white space after it. They end at `.`, `!` or `?`, and at line ends."""
     cuts = [0, *(match.end() for match in _SENTENCE_ENDS.finditer(text)), len(text)]
     pieces = [text[start:end] for start, end in pairwise(cuts)]
     return [piece for piece in pieces if piece.strip()]

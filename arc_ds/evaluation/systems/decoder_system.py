@@ -58,7 +58,7 @@ class DecoderSystem(ABC):
 
     @abstractmethod
     def parts(self, prompt: EvalPrompt) -> list[str | Vectors]:
-        """What the decoder reads: texts and vectors."""
+        """The parts of a prompt that the decoder reads: texts and vectors."""
 
     @abstractmethod
     def describe(self) -> Mapping[str, Any]:

@@ -16,9 +16,11 @@ from arc_ds.comparison.files import PAGE, write_files
 from arc_ds.comparison.panels import x_axes
 from arc_ds.comparison.report import Options, compare_runs, make_panels, to_json
 from arc_ds.comparison.summary import direction_of, parse_best, speed_and_memory, summarize
-from arc_ds.comparison.svg import log_ticks, nice_ticks
-from arc_ds.comparison.tables import Cell, Table, number, to_text
+from arc_ds.comparison.svg import log_ticks
+from arc_ds.comparison.tables import number, to_text
 from arc_ds.errors import DataError
+from arc_ds.pages.axes import nice_ticks
+from arc_ds.pages.tables import Cell, Table
 from tests.helpers.compared_runs import falling, make_run
 
 NLL = "validation/llama/continuation/nll_compressed"

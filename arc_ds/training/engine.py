@@ -179,13 +179,15 @@ def _hpz_groups(ds_config: Mapping[str, Any]) -> Iterator[None]:
     """
     from deepspeed.utils import groups
 
-    num_ranks = ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    before = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     try:
+        num_ranks = ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
         if num_ranks > 1:
             groups._create_zero_param_parallel_group(num_ranks)
         yield
     finally:
-        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = before
 
 
 def _open_first_trained_layer(encoder: Encoder) -> None:

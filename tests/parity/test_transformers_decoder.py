@@ -200,7 +200,7 @@ def test_prompts_with_vectors_sampling_and_callbacks_work_as_with_the_native_dec
     for options in (
         {},
         {"sampling": Sampling(temperature=1.3, top_p=0.9, seed=4)},
-        {"has_ended": lambda line: len(line) == 3},
+        {"has_ended": lambda _idx, line: len(line) == 3},
     ):
         lines = [generate_ids(d, batch, z_ZD, max_new_tokens=16, **options) for d in (ours, native)]
         assert lines[0] == lines[1] and len({*itertools.chain(*lines[0])}) > 3

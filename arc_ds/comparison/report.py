@@ -219,7 +219,7 @@ def _runs_table(
 
 
 def _short_keys(keys: Sequence[str]) -> list[str]:
-    """The last parts of keys, or whole keys if several end alike."""
+    """The last parts of keys, or whole keys if several have the same end."""
     last = [key.rpartition(".")[2] for key in keys]
     return [end if last.count(end) == 1 and not end.isdigit() else key for key, end in zip(keys, last, strict=True)]
 

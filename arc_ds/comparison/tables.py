@@ -67,7 +67,7 @@ def to_html(table: Table) -> str:
 
 
 def _breakable(text: str) -> str:
-    """A name as HTML, with places where it may continue in a new line."""
+    """A name as HTML, with places at which a new line may begin."""
     return re.sub(r"([./_])", r"\1<wbr>", escape(text))
 
 

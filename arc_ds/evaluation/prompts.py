@@ -47,7 +47,7 @@ def make_prompts(
 
     task: the task of all samples.
     samples: all samples of the tested file, in its order.
-    examples: samples of the task's split for examples; None: examples are taken out of `samples`. The protocol
+    examples: samples of the task's split for examples; None: some of `samples`, which are then not tested. The protocol
         `examples: reference` always takes them out of `samples`.
     protocol: `examples`, `closed_book_seam` and `stop_at_blank_line` shape prompts. References and Qasper's questions
         are the reader's choice, the case of BLEU the scorer's.

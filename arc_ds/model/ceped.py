@@ -49,7 +49,7 @@ class EncodedContext(NamedTuple):
 
 
 class CrossKeys(NamedTuple):
-    """What the cross-attention of one layer reads.
+    """The inputs of the cross-attention of one layer.
 
     keys: [U, K, H].
     values: [U, K, H].

@@ -211,7 +211,7 @@ class Decoder(FrozenDecoder):
     def _read_prompts(
         self, batch: PackedBatch, z_ZD: Tensor | None, shared: SharedRows | None, cache: KVCache | None = None
     ) -> Tensor:
-        """Last hidden states of packed prompts behind shared rows, [R, D]. The cache, if any, keeps their keys."""
+        """Last hidden states of packed prompts after shared rows, [R, D]. The cache, if any, keeps their keys."""
         num_shared, places_R = 0 if shared is None else shared.num_rows, batch.decoder_positions
         cu_keys, caches = prompt_rows(
             batch.decoder_cu_seqlens,

@@ -51,7 +51,7 @@ class PromptRows(NamedTuple):
     """The cache of one layer while it reads the own rows of all prompts, packed.
 
     shared: keys and values of the shared rows; None if there are none.
-    sources_U: place of each key among the shared rows and the new rows behind them, int64. Not read without shared
+    sources_U: place of each key among the shared rows and the new rows after them, int64. Not read without shared
         rows.
     own: keys and values of the own rows, which are written; None if they are not needed later.
     sequences_T: sequence of each new row, int64.

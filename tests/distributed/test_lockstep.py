@@ -1,6 +1,6 @@
 """Partitioned modules in turns: ranks with other numbers of batches and other lengths of answers do not hang.
 
-Without turns this is DeepSpeed #8262: a rank that gathers weights for one more token waits for ever.
+Without turns this is DeepSpeed #8262: a rank that gathers weights for one more token waits forever.
 """
 
 from __future__ import annotations

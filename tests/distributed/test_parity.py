@@ -207,7 +207,7 @@ def _without_norms(block: backbone.Block, norm: Any, x_TD: Tensor) -> Recomputed
     return Recomputed(norm or (lambda x: x), (x_TD,))
 
 
-# What is replaced, and by what.
+# Replaced functions and their replacements.
 _MISTAKES: dict[str, tuple[str, Any]] = {
     "ports at rest are updated": ("arc_ds.training.optim.PortAdamW.prepare", _prepare_all_groups),
     "ports at rest are not in the graph": ("arc_ds.model.compressor.Compressor.forward", _without_idle_ports),

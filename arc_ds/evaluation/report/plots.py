@@ -215,7 +215,7 @@ def scatter_plot(points: Sequence[Point], x_label: str, unit: str) -> str:
 
 
 def _labels(points: Sequence[Point], x_of: Callable[[float], float], y_of: Callable[[float], float]) -> list[str]:
-    """The names of points beside them. A name moves, with a line to its point, if its place is taken."""
+    """The names of points, next to them. A name moves, with a line to its point, if it would cover another."""
     # Boxes (left, top, right, bottom) that names avoid. If there is no room, they may cover intervals.
     intervals = [(x_of(p.x) - 2, y_of(p.high), x_of(p.x) + 2, y_of(p.low)) for p in points if not math.isnan(p.low)]
     taken = [(x_of(p.x) - 5, y_of(p.value) - 5, x_of(p.x) + 5, y_of(p.value) + 5) for p in points]

@@ -1,4 +1,4 @@
-"""Runs in folders: what is read, and files with faults."""
+"""Runs in folders, and files with faults."""
 
 from __future__ import annotations
 

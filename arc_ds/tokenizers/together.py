@@ -33,7 +33,9 @@ def encode_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool)
             return pieces[1:]
     if len(texts) == 1:
         return [tokenizer.encode_with_ends(texts[0])]
-    return [encode_together(tokenizer, [text], inside=inside or place > 0)[0] for place, text in enumerate(texts)]
+    return [
+        encode_together(tokenizer, [text], inside=inside or any(texts[:place]))[0] for place, text in enumerate(texts)
+    ]
 
 
 def _slices(encoding: Encoding, texts: Sequence[str]) -> list[Encoding] | None:

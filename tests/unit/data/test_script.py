@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from arc_ds.batch.segments import Segment, TokenIds
@@ -30,6 +30,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4), inside=st.booleans())
+@example(texts=["", " ", "h"], inside=False)
 def test_pieces_read_together_spell_the_text(tokenizer: Tokenizer, texts: list[str], inside: bool) -> None:
     pieces = read_together(tokenizer, texts, inside=inside)
     ids = [token for piece in pieces for token in piece]

@@ -98,8 +98,10 @@ class Segment(NamedTuple):
 
     @staticmethod
     def context(ids: Sequence[int] | NDArray[np.integer], marker: Marker | None = "cont") -> Segment:
-        """A context to compress, of at least one encoder token id. Raises ValueError on none."""
+        """A context to compress, of at least one encoder token id. Raises ValueError on none or an unknown marker."""
         ids = _token_ids(ids)
+        if marker not in (None, *MARKERS):
+            raise ValueError(f"marker is {marker!r}; expected one of {MARKERS} or None")
         if len(ids) == 0:
             raise ValueError("a context segment needs at least one token: an empty context has no groups to pool")
         return Segment("context", ids, marker=marker)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm import tqdm
 
@@ -226,12 +226,16 @@ class PeriodicHook(Hook):
     After a stop request there may be little time left to save. The hook then aborts or skips its work, and the next
     start of the run catches up on it.
 
+    phase: the work, in the words of `system.activity` and of a pause.
+    seconds_key: metric of its time.
     log: logs the metrics of a step.
     done: last step whose work is done, also of an earlier start of the run; None if there is none.
     alive: called before each batch to reset the watchdog.
     is_stopped: whether this rank has received a stop request.
     """
 
+    phase: ClassVar[str]
+    seconds_key: ClassVar[str]
     log: LogMetrics
     every: int
     done: int | None
@@ -240,19 +244,48 @@ class PeriodicHook(Hook):
 
     def on_start(self, run: Run) -> None:
         if self.every and run.step % self.every == 0 and self.done != run.step:
-            self.work(run)
+            self._work(run)
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         if self.every and run.step % self.every == 0 and not result.notices.ends_run:
-            self.work(run)
+            self._work(run)
 
     def on_end(self, run: Run) -> None:
         if run.step == run.total_steps and self.done != run.step and not run.is_stopping:
-            self.work(run)
+            self._work(run)
 
-    def work(self, run: Run) -> None:
-        """Do the work of the current step, log it, and set `done`. Collective."""
+    def is_wanted(self, run: Run) -> bool:
+        """Whether the run has this work."""
         raise NotImplementedError
+
+    def measure(self, run: Run) -> dict[str, float]:
+        """Do the work of the current step, and return its metrics. Collective."""
+        raise NotImplementedError
+
+    def before_pass(self) -> bool:
+        """Reset the watchdog. Returns whether this rank has received a stop request."""
+        self.alive()
+        return self.is_stopped()
+
+    def _work(self, run: Run) -> None:
+        if not self.is_wanted(run):
+            return
+        with run.pause(self.phase):  # flushes earlier steps, so step numbers in the log never decrease
+            started = time.perf_counter()
+            activity.note("starting", phase=self.phase)
+            try:
+                metrics = self.measure(run)
+            except (ValidationStopped, EvaluationStopped):
+                logger.info("step %d: %s aborted; the next start of the run catches up on it", run.step, self.phase)
+                run.is_stopping = True
+                return
+            finally:
+                activity.note(f"after {self.phase}", phase="")
+            # Forward passes keep up to `stage3_max_reuse_distance` parameters gathered for a backward pass.
+            for engine in (run.engine, *run.decoder_engines.values()):
+                engine.empty_partition_cache()
+            self.done = run.step
+            self.log(run.step, {self.seconds_key: time.perf_counter() - started, **metrics})
 
 
 @dataclass(kw_only=True)
@@ -260,31 +293,21 @@ class ValidationHook(PeriodicHook):
     """Validates and logs the scores."""
 
     priority = 40
+    phase, seconds_key = VALIDATION, VALIDATION_KEY
 
-    def work(self, run: Run) -> None:
-        if run.validator is None:
-            return
-        with run.pause(VALIDATION):  # flushes earlier steps, so step numbers in the log never decrease
-            started = time.perf_counter()
-            activity.note("starting", phase="validation")
-            try:
-                scores = self._scores(run, run.validator)
-            except ValidationStopped:
-                logger.info("step %d: validation aborted; the next start of the run catches up on it", run.step)
-                run.is_stopping = True
-                return
-            finally:
-                activity.note("after validation", phase="")
-            _free_gathered(run)
-            self.done = run.step
-            metrics = {VALIDATION_KEY: time.perf_counter() - started}
-            num_samples = run.validator.num_samples_of_tasks
-            for decoder, by_task, counts in zip(run.decoder_names, scores, num_samples, strict=True):
-                for task, score in by_task.items():
-                    metrics.update(score.as_metrics(f"validation/{decoder}/{task}"))
-                    metrics[f"validation/{decoder}/{task}/num_samples"] = counts[task]
-                    logger.info("step %d, %s, %s: %s", run.step, decoder, task, score)
-            self.log(run.step, metrics)
+    def is_wanted(self, run: Run) -> bool:
+        return run.validator is not None
+
+    def measure(self, run: Run) -> dict[str, float]:
+        assert run.validator is not None
+        scores, num_samples = self._scores(run, run.validator), run.validator.num_samples_of_tasks
+        metrics: dict[str, float] = {}
+        for decoder, by_task, counts in zip(run.decoder_names, scores, num_samples, strict=True):
+            for task, score in by_task.items():
+                metrics.update(score.as_metrics(f"validation/{decoder}/{task}"))
+                metrics[f"validation/{decoder}/{task}/num_samples"] = counts[task]
+                logger.info("step %d, %s, %s: %s", run.step, decoder, task, score)
+        return metrics
 
     def _scores(self, run: Run, validator: Validator) -> list[dict[str, TaskScores]]:
         tasks, names = ", ".join(validator.tasks), ", ".join(run.decoder_names)
@@ -293,8 +316,7 @@ class ValidationHook(PeriodicHook):
 
             def before_forward() -> bool:
                 bar.update()
-                self.alive()
-                return self.is_stopped()
+                return self.before_pass()
 
             return validator.run(run.engine, run.decoders, before_forward)
 
@@ -304,30 +326,17 @@ class EvaluationHook(PeriodicHook):
     """Answers the questions of `Run.evaluator` with the current weights and logs the scores."""
 
     priority = 45
+    phase, seconds_key = EVALUATION, EVALUATION_KEY
 
-    def work(self, run: Run) -> None:
-        if run.evaluator is None:
-            return
-        with run.pause(EVALUATION):
-            started = time.perf_counter()
-            activity.note("starting", phase="evaluation")
-            try:
-                metrics = run.evaluator.run(run, self._before_pass)
-            except EvaluationStopped:
-                logger.info("step %d: evaluation aborted; the next start of the run catches up on it", run.step)
-                run.is_stopping = True
-                return
-            finally:
-                activity.note("after evaluation", phase="")
-            _free_gathered(run)
-            self.done = run.step
-            for name, value in metrics.items():
-                logger.info("step %d, %s: %.4f", run.step, name, value)
-            self.log(run.step, {EVALUATION_KEY: time.perf_counter() - started, **metrics})
+    def is_wanted(self, run: Run) -> bool:
+        return run.evaluator is not None
 
-    def _before_pass(self) -> bool:
-        self.alive()
-        return self.is_stopped()
+    def measure(self, run: Run) -> dict[str, float]:
+        assert run.evaluator is not None
+        metrics = run.evaluator.run(run, self.before_pass)
+        for name, value in metrics.items():
+            logger.info("step %d, %s: %.4f", run.step, name, value)
+        return metrics
 
 
 @dataclass(kw_only=True)
@@ -368,12 +377,6 @@ class CheckpointHook(Hook):
             activity.note(activity.SAVING)
             self.save(run)
         self._last = run.step
-
-
-def _free_gathered(run: Run) -> None:
-    """Free what forward passes keep: up to `stage3_max_reuse_distance` parameters, gathered for a backward pass."""
-    for engine in (run.engine, *run.decoder_engines.values()):
-        engine.empty_partition_cache()
 
 
 def _progress_bar(desc: str, total: int, **options: Any) -> tqdm:

@@ -153,6 +153,8 @@ def test_no_samples_and_contradictory_specs_are_refused() -> None:
         pack([Sample("t", ())], PoolingSpec((GroupRule("factor", 8),), memory_tokens=2))
 
 
-def test_contexts_without_tokens_are_refused() -> None:
+def test_contexts_without_tokens_and_unknown_markers_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         Segment.context([])
+    with pytest.raises(ValueError, match="'end'; expected one of"):
+        Segment.context([1], marker="end")  # type: ignore[arg-type]

@@ -27,6 +27,8 @@ from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 
 RECIPE = Path("ds_configs") / "recipes" / "demo.yaml"
 DEEPSPEED = Path("ds_configs") / "cpu.json"
+EVALUATION = Path("ds_configs") / "eval" / "demo.yaml"
+QUESTIONS = Path("ds_configs") / "eval" / "demo_questions.jsonl"
 INTERRUPT_AT = 0.4  # share of the steps
 PASSAGE_TOKENS = range(12, 25)
 _ARC_DS = (sys.executable, "-m", "arc_ds.cli")
@@ -54,8 +56,8 @@ def _tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool,
     recipe = config or _beside_package(RECIPE)
     if fresh:
         _empty(out)
-    # The recipe and its DeepSpeed JSON refer to these variables. Commands inherit them.
-    os.environ |= {"MODELS": str(inputs.model_file().parent), "SHARDS": str(out / "shards")}
+    # The configs refer to these variables. Commands inherit them.
+    os.environ |= {"MODELS": str(inputs.model_file().parent), "SHARDS": str(out / "shards"), "DEMO": str(out)}
     _say(f"1. Shards: State of the Union speeches; those since {inputs.FIRST_HELD_OUT_YEAR} are held out")
     _build_shards(out)
     _say("2. Training with the deepspeed launcher, interrupted once on purpose")
@@ -73,6 +75,8 @@ def _tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool,
     image = out / "demo.png"
     with output(image):
         picture.draw(run_dir / METRICS_NAME, image, title="ARC-Encoder for SmolLM2-135M", interrupted_at=interrupted_at)
+    _say("5. Questions on passages that it has never seen, against other ways to give the passage to the decoder")
+    _evaluate(run_dir, out)
     _close(run_dir, image, export, minutes=(time.monotonic() - started) / 60)
     return 0
 
@@ -148,6 +152,14 @@ def _use(export: Path) -> None:
     print(f"      {' '.join(repeated.split()) or '(nothing but line breaks)'}")
 
 
+def _evaluate(run_dir: Path, out: Path) -> None:
+    """Evaluate the export, and write the reports of the evaluation and of the run."""
+    questions = f"tasks.0.path={_beside_package(QUESTIONS)}"
+    _run(["eval", "run", str(_beside_package(EVALUATION)), questions])
+    _run(["eval", "report", str(out / "eval"), "--out", str(out / "report"), "--metric", "f1"])
+    _run(["compare", str(run_dir), "--out", str(out / "comparison")])
+
+
 def _short_passages(tokenizer: Tokenizer) -> list[str]:
     """Two sentences from the second half of the newest speech, no longer than the recipe's training contexts."""
     text = inputs.speeches()[1][-1].read_text(encoding="utf-8")
@@ -176,6 +188,8 @@ def _close(run_dir: Path, image: Path, export: Path, *, minutes: float) -> None:
         print(f"   {label:32}{values[0]:>9.3f}{values[1]:>9.3f}{values[2]:>12.3f}{values[3]:>11.3f}{last[name]:>12.3f}")
     print("   Gap closed: 0 if the compressed text is useless, 1 if it is as good as the full text.")
     print(f"   Picture: {image}   Weights: {export}   Minutes: {minutes:.1f}")
+    pages = " and ".join(str(run_dir.parent / page) for page in ("report/report.html", "comparison/comparison.html"))
+    print(f"   Pages for a browser: {pages}")
     print(f"   The run in MLflow: arc-ds ui {shlex.quote(str(run_dir.parent))}")
 
 

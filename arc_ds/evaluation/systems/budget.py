@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import bm25s
 import numpy as np
 
 from arc_ds.batch.packing import num_outputs
@@ -92,6 +91,8 @@ def _scores(sentences: list[str], query: str) -> np.ndarray:
     asked = _WORDS.findall(query.lower())
     if not asked or not any(words):
         return np.zeros(len(sentences))
+    import bm25s  # only this system needs the extra
+
     index = bm25s.BM25()
     index.index(words, show_progress=False)
     return np.asarray(index.get_scores(asked))

@@ -13,7 +13,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "demo",
         description="Trains an ARC-Encoder for SmolLM2-135M on the State of the Union speeches in about 15 minutes on "
-        "two CPU cores. It builds shards, trains with one interruption, validates, exports, compresses, evaluates and plots.",
+        "two CPU cores. It builds shards, trains with one interruption, validates, exports, evaluates and plots.",
     )
     parser.add_argument(
         "--out", type=path_argument, default=Path("runs/demo"), help="folder to write (default runs/demo)"

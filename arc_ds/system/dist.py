@@ -117,6 +117,8 @@ def init_distributed(device: torch.device, timeout_s: float = 300.0) -> None:
     if device.type == "cpu":
         # Otherwise the first start compiles a C++ extension for about 90 s, and fails without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Without this variable, which only its own launcher sets, DeepSpeed starts a process in every reduction.
+        os.environ.setdefault("LOCAL_SIZE", str(local_world_size()))
     try:
         deepspeed.init_distributed(
             dist_backend=backend_name(device), timeout=timedelta(seconds=timeout_s), verbose=False

@@ -179,6 +179,7 @@ def _answer(message: bytes) -> bytes:
 
 def _join_group(rank: int, num_ranks: int, port: int) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place["LOCAL_SIZE"] = num_ranks  # otherwise DeepSpeed starts a process in every reduction
     os.environ.update({name: str(value) for name, value in place.items()})
     import deepspeed
     import torch

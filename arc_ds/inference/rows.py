@@ -36,16 +36,14 @@ def joined(prompt: Rows) -> list[TokenIds | Tensor]:
 
 
 def num_common_rows(prompts: Sequence[Rows]) -> int:
-    """Length of the longest common prefix of joined prompts that leaves each of them a row; 0 for fewer than two.
+    """Length of the longest common prefix of joined prompts, at least one, that leaves each of them a row.
 
     Vectors are the same if their values are. Vectors that differ anywhere end the prefix before their first row: those
     of a bidirectional encoder differ in all rows.
     """
-    if len(prompts) < 2:
-        return 0
     first, *others = prompts
     shortest = min(map(num_rows, prompts))
-    return min(shortest - 1, *(_num_common(first, other) for other in others))
+    return min([shortest - 1, *(_num_common(first, other) for other in others)])
 
 
 def _num_common(first: Rows, second: Rows) -> int:

@@ -308,7 +308,7 @@ class DecoderReader:
         stops = _stop_texts(stop)
         named = [tokenizer.special_ids[text] for text in stops if text in tokenizer.special_ids]
         texts = [text for text in stops if text not in tokenizer.special_ids]
-        # A token has at least one byte, but the window may begin inside a character.
+        # A token has at least one byte. Sentencepiece drops a space with which the window begins.
         window = max((len(text.encode()) for text in texts), default=0) + 4
 
         def has_stopped(_idx: int, line: list[int]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -228,12 +228,13 @@ class ArcSystem(DecoderSystem):
         if model.encoder_tokenizer is None:
             raise ConfigError(f"{name}: the encoder has no tokenizer. Set encoder_backbone to a folder that has one.")
         model.check_port(decoder_idx, marker)
-        self.model, self._decoder_idx, self._marker, self._chunk_tokens = model, decoder_idx, marker, chunk_tokens
+        self.model, self._marker, self._chunk_tokens = model, marker, chunk_tokens
         encoder = model.encoder_tokenizer
         self._chunk_lengths: Callable[[str], list[int]] = lru_cache(_NUM_KEPT)(
             lambda text: list(map(len, chunk_ids(text, encoder, chunk_tokens)))
         )
-        self._vectors = lru_cache(2)(self._compress)  # of the examples and of the documents of the last batch
+        # Of the examples and of the documents of the last batch. Not a method, because a cycle would hold the memory.
+        self._vectors = lru_cache(2)(partial(_compress, model, decoder_idx, marker, chunk_tokens))
 
     def forget(self) -> None:
         """See `KeepsWork`."""
@@ -286,14 +287,17 @@ class ArcSystem(DecoderSystem):
             for prompt in prompts
         ]
 
-    def _compress(self, texts: tuple[str, ...]) -> dict[str, Tensor]:
-        """The vectors of each text, [m, D]."""
-        encoder = self.model.encoder_tokenizer
-        assert encoder is not None
-        chunks = [chunk_ids(text, encoder, self._chunk_tokens) for text in texts]
-        vectors = self.model.compress(list(chain(*chunks)), self._decoder_idx, self._marker)
-        ends = list(accumulate(map(len, chunks), initial=0))
-        return {text: torch.cat(vectors[start:end]) for text, (start, end) in zip(texts, pairwise(ends), strict=True)}
+
+def _compress(
+    model: ArcModel, decoder_idx: int, marker: Marker | None, chunk_tokens: int | None, texts: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The vectors of each text, [m, D]."""
+    encoder = model.encoder_tokenizer
+    assert encoder is not None
+    chunks = [chunk_ids(text, encoder, chunk_tokens) for text in texts]
+    vectors = model.compress(list(chain(*chunks)), decoder_idx, marker)
+    ends = list(accumulate(map(len, chunks), initial=0))
+    return {text: torch.cat(vectors[start:end]) for text, (start, end) in zip(texts, pairwise(ends), strict=True)}
 
 
 def common_examples(prompts: Sequence[EvalPrompt]) -> tuple[str | Document, ...]:

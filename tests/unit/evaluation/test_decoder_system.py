@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,9 @@ def test_systems_that_are_alive_share_weights(folder: Path) -> None:
     budget = rows_of_arc(folder / "export", marker=None, pooling_factor=2)
     own, others = (system.lengths_of_documents(prompt())["last_vectors"] for system in systems[1::-1])
     assert budget(TOWER) == own > others
+    decoder, compressor = (weakref.ref(part) for part in (systems[0].reader.decoder, systems[0].model.compressor))
+    del systems
+    assert decoder() is compressor() is None  # at once, without a search for cycles
 
 
 @pytest.mark.parametrize("kind", ["arc", "closed", "open", "truncated", "bm25"])

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from arc_ds.config.load import differences, flatten_tree
-from arc_ds.errors import ConfigError, DataError, LostRankError
+from arc_ds.errors import ConfigError, DataError, LostRankError, OutOfMemoryError, words_of
 from arc_ds.evaluation.config import EvalConfig, as_tree
 from arc_ds.evaluation.metrics import Answer as ScoredAnswer
 from arc_ds.evaluation.metrics import metrics_of, sample_stats, score_of
@@ -118,7 +118,14 @@ def _answer(
             last.forget()
         last, decoder = system, str(run["systems"][system.name].get("decoder", ""))
         started = time.perf_counter()
-        predictions = answer_batch(system, batch, decoder=decoder, nll=config.nll, seed=config.seed)
+        try:
+            predictions = answer_batch(system, batch, decoder=decoder, nll=config.nll, seed=config.seed)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemoryError(
+                f"{system.name}, {batch.task}: a batch of {len(batch.prompts)} samples ({batch.rows:,} rows) exceeds "
+                f"the memory: {words_of(error).rstrip('.')}. Lower max_batch_rows (now {config.max_batch_rows:,}) and "
+                "give another output folder."
+            ) from error
         append(file, FinishedBatch(run["plan_digest"], number, time.perf_counter() - started, predictions))
         progress.add(batch, predictions)
     progress.close()

@@ -277,6 +277,16 @@ def test_sentences_are_chosen_by_their_words_and_stay_in_order(tokenizer: Tokeni
     assert first.startswith("Cats sleep all day.")  # no word of the query occurs
 
 
+def test_sentences_that_cannot_fit_are_not_tried(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document of thousands of sentences would otherwise be tokenised once for each of them."""
+    sentences = [f"The ship of {number} sails at dawn." for number in range(100, 300)]
+    text, budget = " ".join(sentences), len(tokenizer.encode(" ".join(sentences[:15])))
+    seen, encode = list[int](), type(tokenizer).encode
+    monkeypatch.setattr(type(tokenizer), "encode", lambda self, word: [seen.append(len(word)), encode(self, word)][1])
+    chosen = choose_sentences(text, "Which ship of 217 sails?", budget, tokenizer)
+    assert "of 217 " in chosen and chosen.count(".") == 15 and sum(seen) < 4 * len(text)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3, 17])
 def test_a_budget_is_never_exceeded(tokenizer: Tokenizer, num_tokens: int) -> None:
     for text in (TOWER, "…", "a", "?! ?!\n\n", "Ünïcödé wörds: 北京 🙂🙂 end."):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from arc_ds.errors import ArcError, ConfigError, DataError, LostRankError
+from arc_ds.errors import ArcError, ConfigError, DataError, LostRankError, OutOfMemoryError
 from arc_ds.evaluation import runner
 from arc_ds.evaluation.config import TaskConfig, load_eval_config
 from arc_ds.evaluation.parts import part_path, part_paths
@@ -143,6 +143,10 @@ def _planned(task: TaskConfig, protocol: Protocol) -> Sequence[Batch]:
     return make_plan([system], [loaded], protocol, arc_names=(), seed=0, max_batch_rows=600).batches
 
 
+def _without_memory(*_: Any) -> Any:
+    raise MemoryError("none left.")
+
+
 def test_an_nll_that_is_not_finite_stops_and_one_of_no_tokens_is_left_out(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +156,12 @@ def test_an_nll_that_is_not_finite_stops_and_one_of_no_tokens_is_left_out(
     nlls(float("nan"), 2)
     with pytest.raises(DataError, match=r"open, qa: the NLL of q\d+ is nan.*set dtype to bfloat16"):
         _evaluate(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_eval.Echo, "answer", _without_memory)
+        with pytest.raises(
+            OutOfMemoryError, match=r"open, qa: a batch of \d+ samples .* Lower max_batch_rows \(now 220"
+        ):
+            _evaluate(config)
     nlls(0.0, 0)
     lines = [json.loads(line) for line in (_evaluate(config) / PREDICTIONS).read_text().splitlines()]
     assert {line["nll"] for line in lines} == {None} and len(lines) == 80

@@ -1,4 +1,4 @@
-"""What the benchmark programs share: options, documents, origin, memory and CSV rows of a measurement."""
+"""Common parts of the benchmark programs: options, documents, origin, memory and CSV rows of a measurement."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def rows_after(prompt: Rows, place: int) -> list[TokenIds | Tensor]:
 def pack_rows(prompts: Sequence[Rows], device: torch.device, dtype: torch.dtype) -> tuple[PackedBatch, Tensor | None]:
     """(the batch for a decoder, its vectors [Z, D]; None if there are none).
 
-    The batch has no encoder tokens to read: a vector stands where a context of one token and no pooling would.
+    The batch has no encoder tokens to read: a vector takes the place of a context of one token without pooling.
 
     dtype: of the vectors.
     """

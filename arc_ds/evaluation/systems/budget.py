@@ -88,7 +88,8 @@ def cut_to(text: str, num_tokens: int, part: Part, tokenizer: Tokenizer) -> str:
 def choose_sentences(text: str, query: str, num_tokens: int, tokenizer: Tokenizer) -> str:
     """Sentences of a text with at most so many tokens, in the order of the text.
 
-    They are taken by their BM25 score for the query, each if it still fits; equal scores go in the order of the text.
+    Sentences with high BM25 scores for the query come first, and those that no longer fit are left out. Equal scores go
+    in the order of the text.
     If none fits, the best sentence is cut at its end.
     """
     sentences = split_sentences(text)

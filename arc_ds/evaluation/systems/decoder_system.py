@@ -372,7 +372,7 @@ T = TypeVar("T")
 
 
 def _once(key: Hashable, make: Callable[[], T]) -> T:
-    """What an earlier call made for this key, if it is in use; else a new one."""
+    """The object that an earlier call made for this key, if it is still in use; else a new one."""
     found: T | None = _alive.get(key)
     if found is None:
         found = _alive[key] = make()

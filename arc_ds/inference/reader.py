@@ -461,6 +461,7 @@ class DecoderReader:
         # A copy: the caller may write to its vectors before the next call.
         rows = [part.clone() if isinstance(part, Tensor) else part for part in rows_before(prompts[0], count)]
         batch, z_ZD = pack_rows([rows], self.device, self.dtype)
+        self._kept = kept = None  # frees the memory before the new rows are read
         shared = self.decoder.read_shared(batch, z_ZD, max_len)
         if shared is None:
             return None, 0

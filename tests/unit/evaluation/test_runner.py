@@ -134,6 +134,7 @@ def test_prompts_with_the_same_examples_are_asked_one_after_another(tmp_path: Pa
     task = TaskConfig(name="qa", path=str(files[0]), examples=str(files[1]), num_examples=2)
     mixed = _planned(task, dataclasses.replace(CLEAN, examples="per_sample"))
     assert max(len(batch.prompts) for batch in mixed) > 4 and len(mixed) < 12
+    assert {each.prompt.examples for batch in mixed for each in batch.prompts} == {()}
 
 
 def _planned(task: TaskConfig, protocol: Protocol) -> Sequence[Batch]:

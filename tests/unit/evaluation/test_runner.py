@@ -59,6 +59,7 @@ def test_predictions_are_equal_for_1_2_and_3_ranks(config: Path, expected: bytes
     assert all(line["prediction"] == line["references"][0] for line in lines if line["system"] == "open")
     for num_ranks in (2, 3):
         out = tmp_path / f"of_{num_ranks}"
+        _evaluate(config, f"output={out}", rank=900, num_ranks=901)  # has no batch
         assert _all_ranks(config, num_ranks, f"output={out}") == expected
         assert sorted(path.name for path in out.iterdir()) == sorted([PREDICTIONS, RUN, TIMES])
     run = json.loads((out / RUN).read_text())

@@ -105,7 +105,7 @@ class DecoderSystem(ABC):
     def answer_nll(self, prompts: Sequence[EvalPrompt], answers: Sequence[str]) -> list[AnswerNll]:
         """See `System`. A space stands between prompt and answer, as in the answers of in-context examples."""
         both = zip(self._all_parts(prompts), answers, strict=True)
-        read = [self._read(parts, _after(parts, answer)) for parts, answer in both]
+        read = [self._read(parts, f" {answer}") for parts, answer in both]
         rows = [self.reader.rows(parts, idx) for idx, (parts, _) in enumerate(read)]
         return self.reader.nll_rows(rows, [ids for _, ids in read], _ANY_NUMBER, self._num_shared(prompts))
 
@@ -323,11 +323,6 @@ def _counts(name: str, values: Any) -> dict[str, int]:
 
 def _rows_of(parts: Parts) -> int:
     return sum(len(part.ids) if isinstance(part, Segment) else len(part.vectors) for part in parts)
-
-
-def _after(parts: list[str | Vectors], answer: str) -> str:
-    last = parts[-1] if parts else ""
-    return answer if isinstance(last, str) and last[-1:].isspace() else f" {answer}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,6 +183,12 @@ def test_a_changed_config_or_changed_data_is_refused_with_the_difference(config:
         _evaluate(config, "seed=1")
 
 
+def test_part_files_of_another_evaluation_are_refused(config: Path) -> None:
+    (_evaluate(config, rank=1, num_ranks=2) / RUN).unlink()
+    with pytest.raises(DataError, match="holds part files of another evaluation. Delete them"):
+        _evaluate(config, "seed=1")
+
+
 def test_a_folder_without_finished_batches_may_get_another_config(config: Path) -> None:
     out = Path(load_eval_config(config).output)
     out.mkdir()

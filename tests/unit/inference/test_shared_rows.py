@@ -67,6 +67,7 @@ PROMPTS: dict[str, list[Rows]] = {
     "equal prompts": [[ids(12, 0), DOCUMENT]] * 3,
     "a prompt that is a prefix of another": [BEGIN, [*BEGIN, ids(4, 9)]],
     "ends inside a text": [[ids(12, 0), DOCUMENT, TokenIds([*EXAMPLE, token])] for token in (1, 2)],
+    "texts of other lengths before equal vectors": [[ids(n, 0), DOCUMENT, ids(2, 7)] for n in (3, 5)],
     "no common rows": [[ids(8, n + 1), DOCUMENT] for n in range(3)],
     "one": [BEGIN],
 }
@@ -159,6 +160,40 @@ def test_shared_rows_of_the_last_call_are_kept_while_they_fit() -> None:
             with plainly():
                 assert tokens(found, prompts, 3) == ours
     assert shared == [16, 36, 37]
+
+
+def test_shared_rows_up_to_a_number_depend_on_no_earlier_call() -> None:
+    """With `max_shared`, a call reads at most these rows apart, whatever the last call has left."""
+    found, long = make_reader(), ids(20, 3)
+    calls = [[[*BEGIN, long, ids(n, n)] for n in (3, 4)], [[*BEGIN, ids(7, 1)]], [[*BEGIN, long, ids(2, 2)]], [BEGIN]]
+    expected = []
+    with sharing() as shared:
+        for prompts in calls:
+            with plainly():
+                expected.append(tokens(found, prompts, 3))
+        for idx in (0, 1, 2, 0, 3, 2):
+            assert tokens(found, calls[idx], 3, max_shared=16) == expected[idx]
+        assert shared == [16, 15, 16]  # `BEGIN` alone has 16 rows, of which the last one is its own
+        assert tokens(found, calls[0], 3, max_shared=0) == expected[0]
+    assert len(shared) == 3
+
+
+def test_kept_rows_are_those_of_the_vectors_before_they_were_written_to() -> None:
+    found, document = make_reader(), vectors(40, 1)
+    prompts = [[ids(3, 0), document, ids(n, n)] for n in (4, 5)]
+    with sharing() as shared:
+        before = tokens(found, prompts)
+        document.neg_()
+        after = tokens(found, prompts)
+        with plainly():
+            assert tokens(found, prompts) == after != before
+    assert len(shared) == 2
+
+
+def test_stored_vectors_get_the_dtype_of_the_decoder() -> None:
+    found = make_reader()
+    (part,) = found.rows([Vectors(vectors(3, 1).float())], 0)
+    assert isinstance(part, Tensor) and part.dtype == torch.float64
 
 
 @pytest.mark.parametrize(("family", "times"), [("llama", 1), ("dynamic", 2)])

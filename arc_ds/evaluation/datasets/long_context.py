@@ -95,5 +95,5 @@ def _row_entry(asks: bool, fields: Mapping[str, Any]) -> Iterator[Entry]:
     question = first_of(fields, QUESTIONS)
     if asks:
         yield replace(entry, question=question)
-    else:  # what it asks about the whole document is its instruction
+    else:  # a question about the whole document is an instruction
         yield replace(entry, question=None, instruction=entry.instruction or question or "")

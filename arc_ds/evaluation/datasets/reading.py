@@ -26,7 +26,7 @@ from arc_ds.shards.building.documents import LeftOutError, read_documents
 from arc_ds.shards.building.inputs import input_file, read_batches
 from arc_ds.shards.building.inputs_lines import read_whole, why_no_lines
 from arc_ds.shards.building.question import distinct
-from arc_ds.shards.building.question_rows import answer_texts, nested, rows_of
+from arc_ds.shards.building.question_rows import answer_texts, nested, rows_of, titled_passage
 from arc_ds.system.user_files import (
     check_encodable,
     decode_user_text,
@@ -49,7 +49,6 @@ QUESTIONS = ("question", "query")
 _PASSAGES = ("passages", "passage", "context", "contexts", "ctxs", "positive_ctxs", "paragraphs", "documents")
 _ANSWERS = ("answers", "answer")
 _IDS = ("id", "_id", "query_id", "question_id", "qid", "example_id")
-_TEXTS = ("text", "sentences", "passage_text", "paragraph_text", "passage", "contents", "content", "context")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,23 +256,7 @@ def passage_texts(value: Any) -> tuple[str, ...]:
 
     Raises DataError on another form.
     """
-    if value is None:
-        return ()
-    return tuple(map(_passage_text, rows_of(value)))
-
-
-def _passage_text(item: Any) -> str:
-    text = item
-    if isinstance(item, dict):
-        text = first_of(item, _TEXTS)
-    elif isinstance(item, list) and len(item) == 2 and isinstance(item[1], list):
-        text = item[1]
-    if isinstance(text, list) and all(isinstance(sentence, str) for sentence in text):
-        text = " ".join(sentence.strip() for sentence in text)
-    if not isinstance(text, str):
-        got = f"an object with the fields {_found(item)}" if isinstance(item, dict) else type(item).__name__
-        raise DataError(f"expected passages as texts, or objects with one of {', '.join(_TEXTS)}, got {got}")
-    return without_mark(text)
+    return () if value is None else tuple(titled_passage(item)[1] for item in rows_of(value))
 
 
 def own_id(fields: Mapping[str, Any]) -> Any:
@@ -362,7 +345,7 @@ def _sample(task: str, place: str, entry: Entry, texts: dict[str, _Passage], by_
     """The sample of an entry. Raises DataError if a text cannot be encoded."""
     question = None if entry.question is None else without_mark(entry.question).strip()
     new = [text for text in entry.passages if text not in texts]
-    for text in (*new, question or "", *entry.answers):
+    for text in (*new, question or "", *entry.answers, entry.id, entry.cluster, entry.group, entry.instruction):
         check_encodable(text, f"{place}: a text")
     texts.update((text, _Passage(text.strip(), text_id(text))) for text in new)
     found = [texts[text] for text in entry.passages if texts[text].text]

@@ -152,6 +152,8 @@ def test_examples_of_another_split_are_the_same_for_all_samples_and_follow_from_
 
     assert len(prefixes(0)) == 1 and prefixes(0) == prefixes(0) != prefixes(1)
     assert all(prefix.count("Other") == 3 for prefix in prefixes(0))
+    few = [ids_of(make_prompts(TASKS["nq"], SAMPLES, OTHERS, CLEAN, limit=5, seed=seed)) for seed in (0, 0, 1)]
+    assert few[0] == few[1] != few[2] and all(ids != [f"q{idx}" for idx in range(5)] for ids in few)
 
 
 def test_examples_per_sample_differ_and_need_a_split() -> None:
@@ -166,7 +168,7 @@ def test_examples_per_sample_differ_and_need_a_split() -> None:
 @pytest.mark.parametrize("protocol", [CLEAN, replace(CLEAN, examples="per_sample")])
 def test_examples_that_ask_what_a_sample_asks_are_not_drawn(protocol: object, caplog: pytest.LogCaptureFixture) -> None:
     same_passage = replace(SAMPLES[0], id="x", references=("other",))
-    same_answer = replace(SAMPLES[1], id="y", passages=("Other text.",), question="QUESTION 1?")
+    same_answer = replace(SAMPLES[1], id="y", passages=("Other text.",), question="QUESTION 1?", references=("A1",))
     pool = [same_passage, same_answer, *OTHERS[:5]]
     with caplog.at_level(logging.WARNING):
         prompts = make_prompts(TASKS["nq"], SAMPLES, pool, protocol, num_examples=5)  # type: ignore[arg-type]
@@ -182,7 +184,8 @@ def test_a_sample_that_asks_what_an_example_of_its_file_asks_is_left_out(
 ) -> None:
     doubled = [*SAMPLES, *(replace(sample, id=f"again-{sample.id}") for sample in SAMPLES)]
     with caplog.at_level(logging.WARNING):
-        prompts = make_prompts(TASKS["nq"], doubled, None, protocol, num_examples=5)  # type: ignore[arg-type]
+        prompts = make_prompts(TASKS["nq"], doubled, None, protocol, num_examples=20, limit=40)  # type: ignore[arg-type]
+    assert len(prompts) == 40  # those that are left out do not count
     for prompt in prompts:
         assert show(prompt).count(prompt.sample.question or "") == 1
     assert "samples that ask what one of their in-context examples asks" in caplog.text
@@ -199,6 +202,9 @@ def test_directions_have_the_same_examples_and_tested_sentences(tmp_path: Path) 
         french, german = ([p.sample.cluster for p in prompts if p.sample.group == g] for g in ("eng-fra", "eng-deu"))
         assert french == german and len(french) == 7
         assert [part for part in prompts[0].parts[:-2]] == [part for part in prompts[7].parts[:-2]]
+    pool = [replace(sample, passages=("Andere.",), references=(sample.group,)) for sample in samples]
+    for prompt in make_prompts(TASKS["flores"], samples, pool, CLEAN, limit=3):
+        assert show(prompt).count(f"Answer: {prompt.sample.group}\n\n") == 5
 
 
 def test_documents_are_stripped_and_joined_passages() -> None:

@@ -17,18 +17,18 @@ _MAX_WORD = 100  # characters
 
 
 def shorten(prompt: EvalPrompt, system: System, max_rows: int, part: Part) -> tuple[EvalPrompt, int] | None:
-    """The prompt with a part of its last document, so that it takes at most `max_rows` decoder rows.
+    """The prompt with a part of its document, so that it takes at most `max_rows` decoder rows.
 
     The part is cut between words. It fills the window to about 98% or better. Every try tokenizes it again, and takes
     the rows between two tries as linear in the characters.
 
-    prompt: its last part that is a document is the sample's own.
+    prompt: of a "long" task. It has one document, or none in a closed book.
     max_rows: rows of the prompt without its answer.
     part: the part of the document that is kept.
 
     Returns the prompt and the number of characters that were cut. None: not even one word of the document fits.
     """
-    place = max((idx for idx, each in enumerate(prompt.parts) if isinstance(each, Document)), default=None)
+    place = next((idx for idx, each in enumerate(prompt.parts) if isinstance(each, Document)), None)
     if place is None:
         return None
     document = prompt.parts[place]

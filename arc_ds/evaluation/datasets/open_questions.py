@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arc_ds.evaluation.datasets.reading import KILT, ROWS, first_references, make_samples, read_entries
+from arc_ds.evaluation.datasets.reading import KILT, ROWS, make_samples, read_entries
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import EvalSample
 from arc_ds.evaluation.task import EvalTask
@@ -21,8 +21,7 @@ from arc_ds.evaluation.task import EvalTask
 
 def read_nq(path: Path, protocol: Protocol) -> list[EvalSample]:
     """The questions of rows or of KILT. See `EvalTask.read`."""
-    samples = make_samples("nq", read_entries((ROWS, KILT), path))
-    return first_references(samples) if protocol.references == "first" else samples
+    return make_samples("nq", read_entries((ROWS, KILT), path), only_first=protocol.references == "first")
 
 
 def read_hotpotqa(path: Path, protocol: Protocol) -> list[EvalSample]:

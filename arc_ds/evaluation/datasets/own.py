@@ -6,12 +6,10 @@ optional. Records of `arc-ds shards` fit, too: their `instruction` is the questi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from arc_ds.evaluation.datasets.reading import KILT, Entry, Layout, make_samples, read_entries, row_entry
+from arc_ds.evaluation.datasets.reading import KILT, make_samples, read_entries, rows_with
 from arc_ds.evaluation.datasets.summaries import CNN_QUESTION
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import EvalSample
@@ -24,13 +22,9 @@ def read_own(path: Path, protocol: Protocol, *, name: str, question: str | None)
     name: name of the task.
     question: the question of rows that have none; None: they must have one.
     """
-    fields = ("answer|answers", "question|query|instruction") if question is None else ("answer|answers",)
-    rows = Layout(name="rows", fields=fields, read=partial(_row, question))
+    asked = ("question|query|instruction",) if question is None else ()
+    rows = rows_with("answer|answers", *asked, question=question)
     return make_samples(name, read_entries((rows, KILT), path), by_passage=True)
-
-
-def _row(question: str | None, fields: Mapping[str, Any]) -> Iterator[Entry]:
-    yield row_entry(fields, question=question)
 
 
 def _task(name: str, question: str | None, max_new_tokens: int) -> EvalTask:

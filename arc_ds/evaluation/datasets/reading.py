@@ -144,7 +144,12 @@ def _unflattened(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_samples(
-    task: str, entries: Iterable[tuple[str, Entry]], *, merge: bool = False, by_passage: bool = False
+    task: str,
+    entries: Iterable[tuple[str, Entry]],
+    *,
+    merge: bool = False,
+    by_passage: bool = False,
+    only_first: bool = False,
 ) -> list[EvalSample]:
     """The samples of a task, in the order of their entries.
 
@@ -155,6 +160,7 @@ def make_samples(
     task: name of the task.
     merge: entries with the same id, question and passages are one sample with the references of all.
     by_passage: the default cluster is the first passage; otherwise it is the id.
+    only_first: keep the first answer alone.
 
     Raises DataError if nothing is left, if an id occurs twice, or if a text cannot be encoded as UTF-8.
     """
@@ -166,7 +172,7 @@ def make_samples(
     place = ""
     for place, entry in tqdm(entries, desc=f"read {task}", unit=" questions", delay=2, mininterval=1, leave=False):
         num_entries += 1
-        answers = distinct(map(without_mark, entry.answers))
+        answers = distinct(map(without_mark, entry.answers))[: 1 if only_first else None]
         if not answers:
             num_unanswered += 1
             continue
@@ -198,11 +204,6 @@ def make_samples(
     return list(samples.values())
 
 
-def first_references(samples: Sequence[EvalSample]) -> list[EvalSample]:
-    """The samples with their first reference alone (the reference's protocol for NQ and SQuAD)."""
-    return [replace(sample, references=sample.references[:1]) for sample in samples]
-
-
 def row_entry(fields: Mapping[str, Any], *, question: str | None = None, cluster: str = "") -> Entry:
     """The entry of a row with `question`, `answer` and `passages`, or of one of their other names.
 
@@ -228,8 +229,9 @@ def row_entry(fields: Mapping[str, Any], *, question: str | None = None, cluster
     )
 
 
-def _row(fields: Mapping[str, Any]) -> Iterator[Entry]:
-    yield row_entry(fields)
+def rows_with(*fields: str, question: str | None = None) -> Layout:
+    """The layout of rows with these fields (see `Layout`), which `row_entry` reads with this question."""
+    return Layout(name="rows", fields=fields, read=lambda row: [row_entry(row, question=question)])
 
 
 def _kilt(fields: Mapping[str, Any]) -> Iterator[Entry]:
@@ -244,7 +246,7 @@ def _kilt(fields: Mapping[str, Any]) -> Iterator[Entry]:
     )
 
 
-ROWS = Layout(name="rows", fields=("question|query", "answer|answers"), read=_row)
+ROWS = rows_with("question|query", "answer|answers")
 KILT = Layout(name="KILT", fields=("input", "output"), read=_kilt)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arc_ds.evaluation.datasets.reading import Entry, Layout, first_references, make_samples, read_entries, row_entry
+from arc_ds.evaluation.datasets.reading import Entry, Layout, make_samples, read_entries, row_entry
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import EvalSample
 from arc_ds.evaluation.task import EvalTask
@@ -35,8 +35,7 @@ def read_squad(path: Path, protocol: Protocol, *, name: str, no_answer: tuple[st
     )
     entries = read_entries(layouts, path)
     answered = ((place, replace(entry, answers=distinct(entry.answers) or no_answer)) for place, entry in entries)
-    samples = make_samples(name, answered, by_passage=True)
-    return first_references(samples) if protocol.references == "first" else samples
+    return make_samples(name, answered, by_passage=True, only_first=protocol.references == "first")
 
 
 def _original(fields: Mapping[str, Any]) -> Iterator[Entry]:

@@ -290,6 +290,9 @@ def test_qasper_of_the_hub_and_scrolls_by_question_and_by_row(tmp_path: Path) ->
         ],
     )
     by_row = replace(CLEAN, qasper_by_question=False)
+    other = [{"id": "q1", "input": f"{question}?\n\n{document}", "output": "a"} for question in ("Who", "What")]
+    with pytest.raises(DataError, match=r"line 2: the id q1 occurs a second time"):
+        read("qasper", write_lines(tmp_path / "other.jsonl", other))
     for path in (files.qasper(tmp_path), hub, scrolls):
         (sample,) = TASKS["qasper"].read(path, CLEAN)
         assert (sample.id, sample.references, sample.passages) == ("q1", texts, (document,))

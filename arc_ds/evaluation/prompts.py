@@ -6,7 +6,7 @@ document, the instruction, the question and the label of the answer, each label 
 
 These details of the reference are not re-created: a space after the last colon of translations, and documents of
 examples that are not stripped (its open-book baselines); the word Document twice before the question after exactly one
-example (ARC); a note that a document was shortened.
+example (ARC); for long documents the Llama 2 chat form around ARC's prompts, and a note that a document was shortened.
 """
 
 from __future__ import annotations

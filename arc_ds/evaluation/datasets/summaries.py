@@ -77,19 +77,14 @@ def _bbc(path: Path, text: str) -> tuple[str, str]:
     return " ".join(parts["RESTBODY"].split()), " ".join(parts["FIRST-SENTENCE"].split())
 
 
-def _task(
-    name: str,
-    question: str,
-    fields: tuple[str, str],
-    ending: str,
-    parts_of: Callable[[Path, str], tuple[str, str]],
-    max_new_tokens: int,
-) -> EvalTask:
-    read = partial(read_news, name=name, question=question, fields=fields, ending=ending, parts_of=parts_of)
-    return EvalTask(name=name, read=read, max_new_tokens=max_new_tokens)
-
-
-TASKS = (
-    _task("cnn", CNN_QUESTION, ("article", "highlights"), ".story", _story, 256),
-    _task("xsum", XSUM_QUESTION, ("document", "summary"), ".summary", _bbc, 64),
+TASKS = tuple(
+    EvalTask(
+        name=name,
+        read=partial(read_news, name=name, question=question, fields=fields, ending=ending, parts_of=parts_of),
+        max_new_tokens=max_new_tokens,
+    )
+    for name, question, fields, ending, parts_of, max_new_tokens in (
+        ("cnn", CNN_QUESTION, ("article", "highlights"), ".story", _story, 256),
+        ("xsum", XSUM_QUESTION, ("document", "summary"), ".summary", _bbc, 64),
+    )
 )

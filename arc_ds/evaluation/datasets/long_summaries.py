@@ -34,7 +34,7 @@ def _section(section: Mapping[str, Any]) -> str:
 
 
 def _meeting(fields: Mapping[str, Any]) -> Iterator[Entry]:
-    transcript = "\n".join(f"{turn['speaker']}: {turn['content']}" for turn in fields["meeting_transcripts"])
+    transcript = "\n".join(f"{turn['speaker']}: {turn['content'] or ''}" for turn in fields["meeting_transcripts"])
     for query in (*(fields.get("general_query_list") or ()), *fields["specific_query_list"]):
         yield Entry(question=query["query"], passages=(transcript,), answers=(query["answer"],))
 

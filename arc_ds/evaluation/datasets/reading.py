@@ -407,7 +407,7 @@ def _values(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _found(fields: Mapping[str, Any]) -> str:
     names = sorted(map(str, fields))
-    return ", ".join(names[:_MAX_NAMED]) + (", …" if len(names) > _MAX_NAMED else "")
+    return ", ".join(names[:_MAX_NAMED]) + (", …" if len(names) > _MAX_NAMED else "") or "none"
 
 
 def _words(fields: Sequence[str]) -> str:

@@ -40,7 +40,8 @@ def read_triviaqa(path: Path, protocol: Protocol) -> list[EvalSample]:
     reference.
     """
     aliases_only = protocol.references == "first"
-    evidence = path.absolute().parent.parent / "evidence"
+    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    evidence = folder.parent / "evidence"
     layouts = (
         Layout(name="original", fields=("Data",), read=partial(_original, evidence, aliases_only)),
         Layout(name="Hub", fields=("question", "question_id", "answer"), read=partial(_hub, aliases_only)),

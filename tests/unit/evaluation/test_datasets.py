@@ -48,6 +48,13 @@ ONE_PASSAGE = {
     "KILT": in_lines(
         lambda q, p, a: {"id": q, "input": q, "output": [{"answer": a, "provenance": [{"title": "T", "text": p}]}]}
     ),
+    "KILT with the passages of a retriever": in_lines(
+        lambda q, p, a: {
+            "input": q,
+            "output": [{"answer": a, "provenance": [{"text": "Gold."}]}],
+            "ctxs": [{"title": "T", "text": p}],
+        }
+    ),
     "array": lambda folder: write_json(
         folder / "a.json", rows(lambda q, p, a: {"question": q, "context": p, "answers": {"text": [a, a]}})
     ),
@@ -313,6 +320,7 @@ def test_triviaqa_with_its_evidence(tmp_path: Path) -> None:
     (closed,) = read("triviaqa", path)
     assert closed.passages == () and closed.references == ("whale oil", "Whale oil", "oil", "the oil")
     files.write_texts(tmp_path / "evidence", {"wikipedia/Lamp.txt": "A lamp burns oil."})
+    assert read("triviaqa", path.parent)[0].passages == ("A lamp burns oil.",)
     (opened,) = TASKS["triviaqa"].read(path, REFERENCE)
     assert opened.passages == ("A lamp burns oil.",) and opened.references == ("Whale oil", "oil")
     (tmp_path / "evidence" / "wikipedia" / "Lamp.txt").unlink()
@@ -452,6 +460,7 @@ def test_ids(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
             r"found the fields label, text; wanted those of .*original: data; rows: que",
         ),
         ("qa", {"question": "Why?"}, r"found the fields question; wanted .*answer or answers"),
+        ("qa", {}, r"found the fields none; wanted"),
         ("xsum", {"article": "a"}, r"found the fields article; wanted .*Hub: document, summary"),
         ("qasper", {"input": "no empty line", "output": "a"}, r"no empty line"),
         ("qa", row_of(answer=3), r"expected answers as texts.*got int"),

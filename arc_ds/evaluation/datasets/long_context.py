@@ -65,6 +65,7 @@ def long_task(
         layout="long",
         labels=labels,
         instruction=instruction,
+        num_passages=None,
         max_new_tokens=max_new_tokens,
         stop=stop,
     )

@@ -81,6 +81,7 @@ TASKS = tuple(
     EvalTask(
         name=name,
         read=partial(read_news, name=name, question=question, fields=fields, ending=ending, parts_of=parts_of),
+        num_passages=None,
         max_new_tokens=max_new_tokens,
     )
     for name, question, fields, ending, parts_of, max_new_tokens in (

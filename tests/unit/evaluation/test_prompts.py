@@ -236,6 +236,13 @@ def test_a_sample_or_an_example_without_a_question_is_refused() -> None:
     assert show(prompt).startswith("Report:\n«Text 0.»\n\nSummarize the report in one page.\n\nSummary:\n|")
 
 
+@pytest.mark.parametrize(("name", "num_read"), [("nq", 1), ("hotpotqa", 3), ("cnn", 3), ("qmsum", 3), ("qa", 3)])
+def test_only_questions_with_retrieved_passages_read_the_first_one(name: str, num_read: int) -> None:
+    sample = replace(SAMPLES[0], passages=("one", "two", "three"))
+    (prompt,) = make_prompts(TASKS[name], [sample], None, CLEAN, num_examples=0)
+    assert Document("\n".join(sample.passages[:num_read])) in prompt.parts
+
+
 def test_a_sample_without_passages_can_be_asked_closed_book_only() -> None:
     samples = [replace(sample, passages=()) for sample in SAMPLES]
     (prompt, *_) = make_prompts(TASKS["nq"], samples, None, CLEAN, uses_documents=False)

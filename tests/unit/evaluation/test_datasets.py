@@ -337,6 +337,11 @@ def test_references_are_all_or_the_first_one_of_nq_and_squad(tmp_path: Path) -> 
 
 def test_clusters(tmp_path: Path) -> None:
     assert [sample.cluster for sample in read("squad", files.squad(tmp_path))] == ["Rivers", "Rivers", "Quay"]
+    hub = [
+        {"question": f"{idx}?", "context": f"Text {idx}.", "title": "Quay", "answers": {"text": ["a"]}}
+        for idx in range(2)
+    ]
+    assert {sample.cluster for sample in read("squad", write_lines(tmp_path / "h.jsonl", hub))} == {"Quay"}
     same = [{"question": f"{idx}?", "passages": ["One text."], "answer": "a"} for idx in range(3)]
     own = [row | {"cluster": 0} for row in same[:1]]
     for name, number in (("squad", 1), ("qa", 1), ("nq", 3)):

@@ -328,6 +328,11 @@ def test_triviaqa_with_its_evidence(tmp_path: Path) -> None:
         read("triviaqa", path)
 
 
+def test_passages_of_a_retriever_come_before_triviaqa_s_documents(tmp_path: Path) -> None:
+    rows = [row | {"ctxs": [{"title": "T", "text": "Found."}]} for row in files.triviaqa_rows()]
+    assert {sample.passages for sample in read("triviaqa", write_lines(tmp_path / "t.jsonl", rows))} == {("Found.",)}
+
+
 def test_references_are_all_or_the_first_one_of_nq_and_squad(tmp_path: Path) -> None:
     for name in ("nq", "squad"):
         path = files.WRITERS[name](tmp_path)

@@ -85,6 +85,7 @@ def test_compressed_lines_arrow_folders_and_patterns_are_read(tmp_path: Path) ->
     # Lines of Windows: with a byte order mark, and with a carriage return before each line's end.
     from_windows = ("\ufeff" + "\r\n".join(map(json.dumps, given)) + "\r\n").encode()
     lines.write_bytes(gzip.compress(from_windows))
+    (lines.parent / ".part.jsonl").write_text("{}", encoding="utf-8")  # hidden files are passed over
     others = [tmp_path / "a" / name for name in ("part.jsonl", "part.json", "part.jsonl.zst", "array.json.gz")]
     array = gzip.compress(json.dumps(given).encode())
     for path, content in zip(

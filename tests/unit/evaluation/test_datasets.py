@@ -424,6 +424,10 @@ def test_the_reference_counts_each_row_of_a_long_task(tmp_path: Path) -> None:
         path = write_lines(tmp_path / "same.jsonl", same)
         assert [sample.references for sample in read(name, path)] == [("a", "b", "c")]
         assert [sample.references for sample in TASKS[name].read(path, REFERENCE)] == [("a", "b"), ("c",)]
+    csv = "document_id,set,question,answer1,answer2\nd1,valid,Who?,a,b\nd1,valid,Who?,c,\n"
+    folder = files.write_texts(tmp_path / "n", {"qaps.csv": csv, "stories/d1.content": "Text."})
+    assert [sample.references for sample in read("narrativeqa", folder)] == [("a", "b", "c")]
+    assert [sample.references for sample in TASKS["narrativeqa"].read(folder, REFERENCE)] == [("a", "b"), ("c",)]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ def test_the_kept_part_fills_the_window_and_cuts_no_word(part: Part, length: int
 @pytest.mark.parametrize("part", get_args(Part))
 def test_a_long_prompt_around_the_document_leaves_it_the_rest(part: Part) -> None:
     """The rows of the prompt do not shrink with the document, so a guess in proportion would never arrive."""
-    prompt = _prompt([f"w{idx}" for idx in range(20000)])
+    long_word = "y" * 80
+    prompt = _prompt([long_word, *(f"w{idx}" for idx in range(19998)), long_word])
     prompt = replace(prompt, parts=("x " * 950, *prompt.parts))
     fixed = _system().num_rows(prompt) - 20000
     for room in (1, 40):

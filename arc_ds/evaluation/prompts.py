@@ -1,21 +1,25 @@
 """Prompts of samples: the choice of in-context examples, and the texts around documents.
 
 "blocks" (paper, appendix C): `Document: …`, `Question: …` and `Answer: …` lines, blocks joined by an empty line, the
-last answer open, without a space after the colon. Closed book leaves the Document lines out. "long": a label, the
-document, the instruction, the question and the label of the answer.
+last answer open, without a space after the colon. Closed book leaves the Document lines out. "long" (ZeroSCROLLS): the
+document, the instruction, the question and the label of the answer, each label on a line of its own.
 
-Two details of the reference's open-book baselines are not re-created: a space after the last colon of translations, and
-documents of examples that are not stripped.
+These details of the reference are not re-created: a space after the last colon of translations, and documents of
+examples that are not stripped (its open-book baselines); the word Document twice before the question after exactly one
+example (ARC); for long documents the Llama 2 chat form around ARC's prompts, and a note that a document was shortened.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from arc_ds.data.order.randomness import permutation, random_words
 from arc_ds.errors import ConfigError, DataError
+from arc_ds.evaluation.metrics import metrics_of
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
 from arc_ds.evaluation.task import EvalTask
@@ -23,6 +27,7 @@ from arc_ds.evaluation.task import EvalTask
 logger = logging.getLogger(__name__)
 
 _BETWEEN = "\n\n"
+_BLANK_LINES = re.compile(r"\n\s*\n")
 _REFERENCE_DRAW = 0.42  # the reference's `random` argument of shuffle: a constant
 _MAX_NAMED = 5
 
@@ -58,28 +63,43 @@ def make_prompts(
     limit: number of tested samples of each group; None: all.
     seed: seed of the choice of examples and of tested samples. The reference's choice has none.
 
-    Raises DataError if there are too few examples, or if a document or a question is missing. Raises ConfigError for
+    Raises DataError if there are too few examples, or if a passage or a question is missing. Raises ConfigError for
     `examples: per_sample` without `examples`.
     """
     count = 0 if task.layout == "long" else task.num_examples if num_examples is None else num_examples
     width = task.num_passages if num_passages is None else num_passages
-    if uses_documents and (lacking := [sample.id for sample in samples if not sample.passages]):
+    used = [*samples, *(examples or ())]
+    if uses_documents and (lacking := [sample.id for sample in used if not sample.passages]):
         raise DataError(
             f"{task.name}: {len(lacking)} samples have no passage: {', '.join(lacking[:_MAX_NAMED])}. Pass a file with "
             "retrieved passages (`passages` or `ctxs`), or evaluate closed-book systems only."
+        )
+    if task.labels[1] and (lacking := [sample.id for sample in used if not sample.question]):
+        raise DataError(
+            f"{task.name}: {len(lacking)} samples have no question: {', '.join(lacking[:_MAX_NAMED])}. Add their "
+            "questions to the file, or remove them."
         )
     chosen = choose_examples(task, samples, examples, protocol, num_examples=count, limit=limit, seed=seed)
     stop = task.stop
     if task.layout == "long" and not protocol.stop_at_blank_line:  # the reference does not cut long-context answers
         stop = tuple(text for text in stop if text != _BETWEEN)
-    write = _long_parts if task.layout == "long" else _block
     most = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    write = _long_parts if task.layout == "long" else _block
+    seam = _BETWEEN if uses_documents else protocol.closed_book_seam
+    # The reference's closed book prompts begin with the surplus of its seam if they have no examples.
+    surplus = "" if task.layout == "long" else seam.removeprefix(_BETWEEN)
     prompts = []
     for test in chosen:
-        blocks = _example_parts(task, test.examples, protocol, uses_documents, width)
-        parts = _joined((*blocks, *write(task, test.sample, uses_documents, width)))
+        blocks = _example_parts(task, test.examples, seam, uses_documents, width)
+        start = blocks or ([surplus] if surplus else [])
         prompts.append(
-            EvalPrompt(sample=test.sample, parts=parts, max_new_tokens=most, stop=stop, examples=_joined(blocks))
+            EvalPrompt(
+                sample=test.sample,
+                parts=_joined((*start, *write(task, test.sample, uses_documents, width))),
+                max_new_tokens=most,
+                stop=stop,
+                examples=_joined(blocks),
+            )
         )
     return prompts
 
@@ -111,11 +131,18 @@ def choose_examples(
         )
     places = {id(sample): place for place, sample in enumerate(samples)}
     tests: list[PromptPlan] = []
-    for group in dict.fromkeys(sample.group for sample in samples):
-        own = [sample for sample in samples if sample.group == group]
-        pool = None if examples is None else [sample for sample in examples if sample.group == group]
+    pools = None if examples is None else _by_group(examples)
+    for group, own in _by_group(samples).items():
+        pool = None if pools is None else pools.get(group, [])
         tests += _choose_in_group(task, own, pool, protocol, num_examples=num_examples, limit=limit, seed=seed)
     return sorted(tests, key=lambda test: places[id(test.sample)])
+
+
+def _by_group(samples: Sequence[EvalSample]) -> dict[str, list[EvalSample]]:
+    groups: defaultdict[str, list[EvalSample]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.group].append(sample)
+    return groups
 
 
 def _choose_in_group(
@@ -144,7 +171,7 @@ def _choose_in_group(
         order = permutation(len(samples), seed, "tested file", task.name).tolist()
     _check_number(task, len(samples) - 1, num_examples)
     shared, rest = tuple(samples[idx] for idx in order[:num_examples]), order[num_examples:]
-    is_question = task.layout == "blocks" and task.headline != "bleu"
+    is_question = task.layout == "blocks" and metrics_of(task.name)[0] != "bleu"
     if protocol.examples == "reference" and is_question:
         rest.reverse()  # the reference tests the last questions first, but translations in their order
     keys = {key for example in shared for key in _keys(example)}
@@ -218,13 +245,14 @@ def _check_number(task: EvalTask, available: int, wanted: int) -> None:
 
 
 def _example_parts(
-    task: EvalTask, examples: Sequence[EvalSample], protocol: Protocol, uses_documents: bool, num_passages: int | None
+    task: EvalTask, examples: Sequence[EvalSample], seam: str, uses_documents: bool, num_passages: int | None
 ) -> list[str | Document]:
-    seam = _BETWEEN if uses_documents else protocol.closed_book_seam
+    """Blank lines in the answers of examples are left out: they would end an answer."""
     parts: list[str | Document] = []
     for idx, example in enumerate(examples):
         parts += _block(task, example, uses_documents, num_passages)
-        parts += [f" {example.references[0]}", seam if idx == len(examples) - 1 else _BETWEEN]
+        parts.append(f" {_BLANK_LINES.sub(chr(10), example.references[0])}")
+        parts.append(seam if idx == len(examples) - 1 else _BETWEEN)
     return parts
 
 
@@ -236,8 +264,7 @@ def _block(
         yield f"{document}: "
         yield _document(sample, num_passages)
         yield "\n"
-    if sample.question:
-        yield f"{question}: {sample.question}\n"
+    yield f"{question}: {sample.question}\n"
     yield f"{answer}:"
 
 
@@ -249,10 +276,11 @@ def _long_parts(
         yield f"{document}:\n"
         yield _document(sample, num_passages)
         yield _BETWEEN
-    yield (sample.instruction.strip() or task.instruction) + _BETWEEN
-    if sample.question:
-        yield f"{question}: {sample.question}\n"
-    yield f"{answer}:"
+    instruction = sample.instruction or task.instruction
+    yield instruction if instruction.endswith("\n") else instruction + _BETWEEN
+    if question:
+        yield f"{question}:\n{sample.question}{_BETWEEN}"
+    yield f"{answer}:\n"
 
 
 def _document(sample: EvalSample, num_passages: int | None) -> Document:

@@ -15,12 +15,13 @@ class Protocol:
         "reference": the first ones of the tested file after the reference's constant permutation. Examples are never
         tested.
     references: "all" accepted answers, or only the "first" one of NQ and SQuAD, and TriviaQA's aliases alone.
-    closed_book_seam: text between the last in-context example and a closed-book question: "\\n\\n" as between blocks;
-        the reference has one newline more.
+    closed_book_seam: text between the last in-context example and a closed-book question: "\\n\\n" as between blocks.
+        The reference has one newline more, also before a question without examples.
     bleu_lowercase: lowercase BLEU (the reference), or with case. Both are always computed; this one is the headline.
-    stop_at_blank_line: end an answer at its first blank line. The reference continues and cuts the text afterwards.
-    qasper_by_question: take the maximum over all references of a question; otherwise each row of the file is a sample
-        with its one reference.
+    stop_at_blank_line: end an answer at its first blank line. The reference continues: it cuts the text of short tasks
+        afterwards, which gives the same answers, and does not cut that of long tasks.
+    qasper_by_question: in tasks with a long document, take the maximum over all references of a question; otherwise
+        each row of the file is a sample with its own references.
     truncation: part of a long document that is kept if it exceeds the decoder's window, for every system.
         "reference": the head for ARC, the tail for the others.
     sample_govreport: sample GovReport's summaries with temperature 0.7 and top-p 0.8; otherwise all is greedy.

@@ -10,22 +10,25 @@ from arc_ds.evaluation.systems.system import System
 
 Part = Literal["head", "tail", "middle"]
 
-_TRIES = 12
+_TRIES = 16
 _CLOSE_ENOUGH = 0.98  # of the window
+_AIM = 0.99  # of the window
+_MAX_WORD = 100  # characters
 
 
 def shorten(prompt: EvalPrompt, system: System, max_rows: int, part: Part) -> tuple[EvalPrompt, int] | None:
-    """The prompt with a part of its last document, so that it takes at most `max_rows` decoder rows.
+    """The prompt with a part of its document, so that it takes at most `max_rows` decoder rows.
 
-    The part is cut between words. It fills the window to about 98% or better, because every try tokenizes it again.
+    The part is cut between words. It fills the window to about 98% or better. Every try tokenizes it again, and takes
+    the rows between two tries as linear in the characters.
 
-    prompt: its last part that is a document is the sample's own.
+    prompt: of a "long" task. It has one document, or none in a closed book.
     max_rows: rows of the prompt without its answer.
     part: the part of the document that is kept.
 
     Returns the prompt and the number of characters that were cut. None: not even one word of the document fits.
     """
-    place = max((idx for idx, each in enumerate(prompt.parts) if isinstance(each, Document)), default=None)
+    place = next((idx for idx, each in enumerate(prompt.parts) if isinstance(each, Document)), None)
     if place is None:
         return None
     document = prompt.parts[place]
@@ -33,21 +36,28 @@ def shorten(prompt: EvalPrompt, system: System, max_rows: int, part: Part) -> tu
     whole = document.text
     best: tuple[EvalPrompt, int] | None = None
     fits, exceeds = 0, len(whole)  # the number of characters to keep lies between
-    rows, keep = system.num_rows(prompt), len(whole)
+    keep, rows = len(whole), system.num_rows(prompt)
+    aim = keep * max_rows / rows
     for _ in range(_TRIES):
-        keep = min(max(int(keep * max_rows / rows), fits + 1), exceeds - 1)
-        kept = _part(whole, keep, part)
-        if not kept or fits >= exceeds - 1:
+        if exceeds - fits < 2:
             break
+        before = keep, rows
+        keep = int(aim) if fits < int(aim) < exceeds else (fits + exceeds) // 2
+        kept = _part(whole, keep, part)
+        if not kept:
+            fits, aim = keep, 2 * keep
+            continue
         parts = (*prompt.parts[:place], replace(document, text=kept), *prompt.parts[place + 1 :])
         shorter = replace(prompt, parts=parts)
         rows = system.num_rows(shorter)
         if rows > max_rows:
             exceeds = keep
-            continue
-        fits, best = keep, (shorter, len(whole) - len(kept))
-        if rows >= _CLOSE_ENOUGH * max_rows:
-            break
+        else:
+            fits, best = keep, (shorter, len(whole) - len(kept))
+            if rows >= _CLOSE_ENOUGH * max_rows:
+                break
+        slope = (before[1] - rows) / (before[0] - keep)
+        aim = keep + (_AIM * max_rows - rows) / slope if slope > 0 else 0
     return best
 
 
@@ -55,8 +65,17 @@ def _part(text: str, num_characters: int, part: Part) -> str:
     """At most so many characters of a text, without words that are cut in two."""
     start = {"head": 0, "tail": len(text) - num_characters, "middle": (len(text) - num_characters) // 2}[part]
     end = start + num_characters
-    if start > 0 and not text[start - 1].isspace():
-        start = next((idx for idx in range(start, end) if text[idx].isspace()), end)
-    if end < len(text) and not text[end].isspace():
-        end = next((idx for idx in range(end, start, -1) if text[idx - 1].isspace()), start)
+    if _cuts_word(text, start):
+        near = range(start, min(start + _MAX_WORD, end))
+        start = next((idx for idx in near if text[idx].isspace()), start if len(near) == _MAX_WORD else end)
+    if _cuts_word(text, end):
+        near = range(end, max(end - _MAX_WORD, start), -1)
+        end = next((idx for idx in near if text[idx - 1].isspace()), end if len(near) == _MAX_WORD else start)
     return text[start:end].strip()
+
+
+def _cuts_word(text: str, place: int) -> bool:
+    """Whether a word stands on both sides of a place. Long runs without white space, as in Chinese, are no words."""
+    if not 0 < place < len(text) or text[place - 1].isspace() or text[place].isspace():
+        return False
+    return any(map(str.isspace, text[max(place - _MAX_WORD, 0) : place + _MAX_WORD]))

@@ -15,12 +15,11 @@ Metric = Literal["em", "f1", "substring", "approx_em", "rouge_l", "bleu", "bleu_
 
 @dataclass(frozen=True, kw_only=True)
 class EvalTask:
-    """A task: how its files are read, how its prompts look, and how its answers are scored.
+    """A task: how its files are read, and how its prompts look. `metrics.METRICS_OF` has its metrics.
 
     name: name in configs, results and tables.
     read: reads the samples of one file or folder in the file's order. Raises DataError that names the fields found and
         the fields wanted if the file has another layout.
-    metrics: the metrics of its answers. The first one is the headline.
     layout: "blocks": Document, Question and Answer lines with in-context examples (paper, appendix C). "long": a label,
         one long document, an instruction and an answer label, without examples.
     labels: "long" only: label of the document, of the question ("" if there is none) and of the answer.
@@ -33,7 +32,6 @@ class EvalTask:
 
     name: str
     read: Callable[[Path, Protocol], Sequence[EvalSample]]
-    metrics: tuple[Metric, ...]
     layout: Literal["blocks", "long"] = "blocks"
     labels: tuple[str, str, str] = ("Document", "Question", "Answer")
     instruction: str = ""
@@ -41,8 +39,3 @@ class EvalTask:
     num_examples: int = 5
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ("\n\n",)
-
-    @property
-    def headline(self) -> Metric:
-        """The metric of tables and comparisons."""
-        return self.metrics[0]

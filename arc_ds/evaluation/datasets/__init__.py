@@ -6,13 +6,11 @@ from arc_ds.config.decode import nearest
 from arc_ds.errors import ConfigError
 from arc_ds.evaluation.datasets import (
     flores,
-    govreport,
-    hotpotqa,
+    long_summaries,
     narrativeqa,
-    nq,
+    open_questions,
     own,
     qasper,
-    qmsum,
     squad,
     summaries,
     synthetic,
@@ -21,7 +19,7 @@ from arc_ds.evaluation.datasets import (
 from arc_ds.evaluation.task import EvalTask
 
 _MODULES = (
-    nq, triviaqa, hotpotqa, squad, flores, summaries, narrativeqa, qasper, govreport, qmsum, synthetic, own,
+    open_questions, triviaqa, squad, flores, summaries, narrativeqa, qasper, long_summaries, synthetic, own,
 )  # fmt: skip
 TASKS: dict[str, EvalTask] = {task.name: task for module in _MODULES for task in module.TASKS}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.datasets.languages import LANGUAGES
-from arc_ds.evaluation.datasets.reading import Entry, Layout, make_samples, read_entries
+from arc_ds.evaluation.datasets.reading import Entry, Layout, first_of, make_samples, read_entries
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import EvalSample
 from arc_ds.evaluation.task import EvalTask
@@ -68,7 +68,7 @@ def _code(language: str, name: str) -> str:
 
 
 def _task(name: str, pairs: Sequence[tuple[str, str]]) -> EvalTask:
-    return EvalTask(name=name, read=partial(read_flores, name=name, pairs=pairs), metrics=("bleu", "chrf"))
+    return EvalTask(name=name, read=partial(read_flores, name=name, pairs=pairs))
 
 
 def _files(folder: Path, code: str) -> list[Path]:
@@ -82,11 +82,11 @@ def _sentences(folder: Path, code: str, files: Sequence[Path]) -> list[str]:
         raise DataError(f"{folder}: expected one file {code}.*, found {found}. Pass the folder of one split.")
     if files[0].suffix in _LINES:
         text = read_user_text(files[0], DataError, remedy="Download it again.")
-        return text.removesuffix("\n").replace("\r\n", "\n").split("\n")  # other line ends stand within sentences
+        return text.replace("\r\n", "\n").removesuffix("\n").split("\n")  # other line ends stand within sentences
     layout = Layout(
         name="sentences of one language",
         fields=("text|sentence",),
-        read=lambda fields: [Entry(passages=(), answers=(fields.get("text") or fields["sentence"],))],
+        read=lambda fields: [Entry(passages=(), answers=(first_of(fields, ("text", "sentence")),))],
     )
     return [entry.answers[0] for _, entry in read_entries((layout,), files[0])]
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from arc_ds.errors import DataError
-from arc_ds.evaluation.datasets.long_context import ANSWER_METRICS, rows, scrolls
-from arc_ds.evaluation.datasets.reading import Entry, Layout, make_samples, read_entries
+from arc_ds.evaluation.datasets.long_context import long_task, read_long
+from arc_ds.evaluation.datasets.reading import Entry, Layout, make_samples
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import EvalSample
-from arc_ds.evaluation.task import EvalTask
 from arc_ds.system.user_files import decode_user_text, read_user_bytes, read_user_text
 
 _QUESTIONS = "qaps.csv"
@@ -22,16 +21,17 @@ _STORIES = ("tmp", "stories")
 _REMEDY = "Download the story (download_stories.sh of the data set), or remove its questions."
 
 
-def read_narrativeqa(path: Path, protocol: Protocol) -> list[EvalSample]:
-    """The questions of the Hub's rows, of SCROLLS, of other rows, or of an original folder. See `EvalTask.read`.
+def read_narrativeqa(path: Path, protocol: Protocol, **options: Any) -> list[EvalSample]:
+    """The questions of an original folder, or of what `read_long` reads.
 
     An original folder holds `qaps.csv`, of which the set "valid" is read, and `DOCUMENT_ID.content` in `tmp/` or
-    `stories/`. The rows of a question are one sample with both answers.
+    `stories/`.
+
+    options: arguments of `read_long`.
     """
     if path.is_dir() and (path / _QUESTIONS).is_file():
-        return make_samples("narrativeqa", _folder(path), merge=True)
-    hub = Layout(name="Hub", fields=("document", "question", "answers"), read=_hub)
-    return make_samples("narrativeqa", read_entries((hub, scrolls(has_question=True), rows()), path), merge=True)
+        return make_samples("narrativeqa", _folder(path), merge=protocol.qasper_by_question, by_passage=True)
+    return read_long(path, protocol, **options)
 
 
 def _hub(fields: Mapping[str, Any]) -> Iterator[Entry]:
@@ -56,7 +56,7 @@ def _folder(folder: Path) -> Iterator[tuple[str, Entry]]:
         name = row["document_id"]
         if name not in stories:
             stories[name] = _story(folder, name)
-        answers = (row["answer1"] or "", row["answer2"] or "")
+        answers = (row["answer1"], row["answer2"])
         entry = Entry(question=row["question"], passages=(stories[name],), answers=answers, cluster=name)
         yield f"{path}, question {number}", entry
 
@@ -70,12 +70,11 @@ def _story(folder: Path, name: str) -> str:
 
 
 TASKS = (
-    EvalTask(
-        name="narrativeqa",
-        read=read_narrativeqa,
-        metrics=ANSWER_METRICS,
-        layout="long",
+    long_task(
+        "narrativeqa",
         labels=("Story", "Question", "Answer"),
         instruction="Answer the question about the story with a few words, without an explanation.",
+        layouts=(Layout(name="Hub", fields=("document", "question", "answers"), read=_hub),),
+        read=read_narrativeqa,
     ),
 )

@@ -6,18 +6,14 @@ optional. Records of `arc-ds shards` fit, too: their `instruction` is the questi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from arc_ds.evaluation.datasets.nq import QA_METRICS
-from arc_ds.evaluation.datasets.reading import KILT, Entry, Layout, make_samples, read_entries, row_entry, text_id
+from arc_ds.evaluation.datasets.reading import KILT, make_samples, read_entries, rows_with
 from arc_ds.evaluation.datasets.summaries import CNN_QUESTION
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import EvalSample
-from arc_ds.evaluation.task import EvalTask, Metric
+from arc_ds.evaluation.task import EvalTask
 
 
 def read_own(path: Path, protocol: Protocol, *, name: str, question: str | None) -> list[EvalSample]:
@@ -26,29 +22,14 @@ def read_own(path: Path, protocol: Protocol, *, name: str, question: str | None)
     name: name of the task.
     question: the question of rows that have none; None: they must have one.
     """
-    fields = ("answer|answers", "question|query|instruction") if question is None else ("answer|answers",)
-    rows = Layout(name="rows", fields=fields, read=partial(_row, question))
-    entries = ((place, _clustered(entry)) for place, entry in read_entries((rows, KILT), path))
-    return make_samples(name, entries)
+    asked = ("question|query|instruction",) if question is None else ()
+    rows = rows_with("answer|answers", *asked, question=question)
+    return make_samples(name, read_entries((rows, KILT), path), by_passage=True)
 
 
-def _row(question: str | None, fields: Mapping[str, Any]) -> Iterator[Entry]:
-    yield row_entry(fields, question=question)
-
-
-def _clustered(entry: Entry) -> Entry:
-    if entry.cluster or not entry.passages:
-        return entry
-    return replace(entry, cluster=text_id(entry.passages[0]))
-
-
-def _task(name: str, metrics: tuple[Metric, ...], question: str | None, max_new_tokens: int) -> EvalTask:
+def _task(name: str, question: str | None, max_new_tokens: int) -> EvalTask:
     read = partial(read_own, name=name, question=question)
-    return EvalTask(name=name, read=read, metrics=metrics, num_passages=None, max_new_tokens=max_new_tokens)
+    return EvalTask(name=name, read=read, num_passages=None, max_new_tokens=max_new_tokens)
 
 
-TASKS = (
-    _task("qa", QA_METRICS, None, 64),
-    _task("summary", ("rouge_l",), CNN_QUESTION, 256),
-    _task("translation", ("bleu", "chrf"), None, 256),
-)
+TASKS = (_task("qa", None, 64), _task("summary", CNN_QUESTION, 256), _task("translation", None, 256))

@@ -12,26 +12,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arc_ds.evaluation.datasets.long_context import ANSWER_METRICS, rows, scrolls
-from arc_ds.evaluation.datasets.reading import Entry, Layout, make_samples, read_entries, text_id
+from arc_ds.evaluation.datasets.long_context import long_task, read_long
+from arc_ds.evaluation.datasets.reading import Entry, Layout
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import EvalSample
-from arc_ds.evaluation.task import EvalTask
 from arc_ds.shards.building.question_rows import rows_of
 
 
-def read_qasper(path: Path, protocol: Protocol) -> list[EvalSample]:
-    """The questions of the original file, of the Hub's rows, of SCROLLS, or of other rows. See `EvalTask.read`.
+def read_qasper(path: Path, protocol: Protocol, **options: Any) -> list[EvalSample]:
+    """The questions of the original file, of the Hub's rows, or of what `read_long` reads.
 
-    With `qasper_by_question`, the answers of a question are references of one sample; otherwise each is a sample.
+    Without `qasper_by_question`, each answer of a question is a sample.
+
+    options: arguments of `read_long`.
     """
     by_row = not protocol.qasper_by_question
-    paper = Layout(name="paper", fields=("title", "full_text", "qas"), read=partial(_paper, by_row))
-    papers = _PapersById(
-        name="original", fields=("PAPER_ID: {title, full_text, qas}",), read=partial(_original, by_row)
+    papers = ("PAPER_ID: {title, full_text, qas}",)
+    layouts = (
+        Layout(name="paper", fields=("title", "full_text", "qas"), read=partial(_paper, by_row)),
+        _PapersById(name="original", fields=papers, read=partial(_original, by_row)),
     )
-    layouts = (paper, papers, scrolls(has_question=True, by_row=by_row), rows())
-    return make_samples("qasper", read_entries(layouts, path), merge=not by_row)
+    return read_long(path, protocol, **options | {"layouts": layouts})
 
 
 class _PapersById(Layout):
@@ -49,7 +50,6 @@ def _original(by_row: bool, fields: Mapping[str, Any]) -> Iterator[Entry]:
 
 def _paper(by_row: bool, fields: Mapping[str, Any]) -> Iterator[Entry]:
     document = _document(fields)
-    cluster = text_id(document)
     for question in rows_of(fields["qas"]):
         answers = [_answer(answer.get("answer", answer)) for answer in rows_of(question["answers"])]
         entry = Entry(
@@ -57,7 +57,6 @@ def _paper(by_row: bool, fields: Mapping[str, Any]) -> Iterator[Entry]:
             question=question["question"],
             passages=(document,),
             answers=tuple(answers),
-            cluster=cluster,
         )
         if not by_row:
             yield entry
@@ -86,13 +85,11 @@ def _answer(answer: Mapping[str, Any]) -> str:
 
 
 TASKS = (
-    EvalTask(
-        name="qasper",
-        read=read_qasper,
-        metrics=ANSWER_METRICS,
-        layout="long",
+    long_task(
+        "qasper",
         labels=("Article", "Question", "Answer"),
         instruction="Answer the question about the article with a few words, without an explanation. "
         'Answer "unanswerable" if the article does not hold the answer, and "yes" or "no" if the question asks for it.',
+        read=read_qasper,
     ),
 )

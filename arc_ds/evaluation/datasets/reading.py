@@ -7,24 +7,26 @@ that it knows. The fields of an object decide which one it has.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from arc_ds.errors import DataError
 from arc_ds.evaluation.sample import EvalSample
-from arc_ds.shards.building.batches import InputFile, import_library
+from arc_ds.shards.building.batches import InputFile, Line, import_library
 from arc_ds.shards.building.documents import LeftOutError, read_documents
 from arc_ds.shards.building.inputs import input_file, read_batches
 from arc_ds.shards.building.inputs_lines import read_whole, why_no_lines
 from arc_ds.shards.building.question import distinct
-from arc_ds.shards.building.question_rows import answer_texts, nested, rows_of
+from arc_ds.shards.building.question_rows import answer_texts, nested, rows_of, titled_passage
 from arc_ds.system.user_files import (
     check_encodable,
     decode_user_text,
@@ -41,12 +43,12 @@ _REMEDY = "Pass a file of the data set: JSON, JSON lines, Parquet or Arrow."
 _MAX_BYTES = 1 << 40  # no limit
 _MAX_NAMED = 12  # fields in an error
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_SPLIT = re.compile(r"(train|validation|valid|val|devtest|dev|test)(?![A-Za-z])")
-_QUESTIONS = ("question", "query")
+_SPLIT = re.compile(r"(?<![A-Za-z])(train|validation|valid|val|devtest|dev|test)(?![A-Za-z])")
+_MAX_FIRST_LINE = 1 << 20  # bytes
+QUESTIONS = ("question", "query")
 _PASSAGES = ("passages", "passage", "context", "contexts", "ctxs", "positive_ctxs", "paragraphs", "documents")
 _ANSWERS = ("answers", "answer")
 _IDS = ("id", "_id", "query_id", "question_id", "qid", "example_id")
-_TEXTS = ("text", "sentences", "passage_text", "paragraph_text", "passage", "contents", "content", "context")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +56,10 @@ class Entry:
     """A question as its file states it.
 
     passages: see `EvalSample`; empty if the file has none. They are stripped, and blank ones ignored.
-    answers: accepted answers, the main one first. An entry without any is left out and counted.
+    answers: accepted answers, the main one first.
     question: see `EvalSample`.
-    id: the data set's own id; empty if it has none.
-    cluster: see `EvalSample`; empty: the id.
+    id: the data set's own id; empty if it has none. Numbers become texts, here and in the next two fields.
+    cluster: see `EvalSample`; empty: see `make_samples`.
     group: see `EvalSample`.
     instruction: see `EvalSample`.
     """
@@ -112,19 +114,27 @@ def read_entries(layouts: Sequence[Layout], path: Path) -> Iterator[tuple[str, E
             what = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{place}: not in the layout {layout.name} ({what}); found {_found(fields)}.") from error
         except DataError as error:
-            raise DataError(f"{place}, layout {layout.name}: {error}. Fix or remove it.") from error
+            remedy = "" if str(error).endswith(".") else ". Fix or remove it."
+            raise DataError(f"{place}, layout {layout.name}: {error}{remedy}") from error
 
 
 def _checked(entry: Entry) -> Entry:
-    """The entry, with null as an empty text. Raises DataError if it holds another value than a text."""
+    """The entry, with null as an empty text. Raises DataError if a field holds a value of another type."""
     texts = {"question": (entry.question,), "passages": entry.passages, "answers": entry.answers}
     for name, values in texts.items():
         if wrong := [value for value in values if not isinstance(value, str | None)]:
             raise DataError(f"expected texts as {name}, got {type(wrong[0]).__name__}")
-    if None not in (*entry.passages, *entry.answers):
-        return entry
+    names = {name: _name(name, getattr(entry, name)) for name in ("id", "cluster", "group")}
     passages, answers = (tuple(text or "" for text in values) for values in (entry.passages, entry.answers))
-    return replace(entry, passages=passages, answers=answers)
+    return replace(entry, passages=passages, answers=answers, **names)
+
+
+def _name(field: str, value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(f"expected the {field} as a text or a number, got {type(value).__name__}")
 
 
 def _unflattened(content: dict[str, Any]) -> dict[str, Any]:
@@ -133,30 +143,43 @@ def _unflattened(content: dict[str, Any]) -> dict[str, Any]:
     return nested(content) if is_table else content
 
 
-def make_samples(task: str, entries: Iterable[tuple[str, Entry]], *, merge: bool = False) -> list[EvalSample]:
+def make_samples(
+    task: str,
+    entries: Iterable[tuple[str, Entry]],
+    *,
+    merge: bool = False,
+    by_passage: bool = False,
+    only_first: bool = False,
+) -> list[EvalSample]:
     """The samples of a task, in the order of their entries.
 
-    Entries without an answer are left out, with one warning that counts them. An entry without an id gets a hash of
-    its question and first passage; if an earlier one has the same hash, a number follows.
+    Entries are left out if they have no answer, or if they have passages and all are blank. Warnings count them. An
+    entry without an id gets a hash of its question and first passage; if an earlier one has the same hash, a number
+    follows.
 
     task: name of the task.
     merge: entries with the same id, question and passages are one sample with the references of all.
+    by_passage: the default cluster is the first passage; otherwise it is the id.
+    only_first: keep the first answer alone.
 
     Raises DataError if nothing is left, if an id occurs twice, or if a text cannot be encoded as UTF-8.
     """
     samples: dict[str, EvalSample] = {}
     places: dict[str, str] = {}
-    texts: dict[str, str] = {}  # long documents with many questions are held once
+    texts: dict[str, _Passage] = {}  # long documents with many questions are held once
     repeats: Counter[str] = Counter()
-    num_empty = num_entries = 0
+    num_entries = num_unanswered = num_blank = 0
     place = ""
     for place, entry in tqdm(entries, desc=f"read {task}", unit=" questions", delay=2, mininterval=1, leave=False):
         num_entries += 1
-        answers = distinct(map(without_mark, entry.answers))
+        answers = distinct(map(without_mark, entry.answers))[: 1 if only_first else None]
         if not answers:
-            num_empty += 1
+            num_unanswered += 1
             continue
-        sample = _sample(task, place, replace(entry, answers=answers), texts)
+        sample = _sample(task, place, replace(entry, answers=answers), texts, by_passage)
+        if entry.passages and not sample.passages:
+            num_blank += 1
+            continue
         earlier = samples.get(sample.id)
         if earlier is not None and merge and _asked(earlier) == _asked(sample):
             samples[sample.id] = replace(earlier, references=distinct((*earlier.references, *sample.references)))
@@ -171,18 +194,14 @@ def make_samples(task: str, entries: Iterable[tuple[str, Entry]], *, merge: bool
             sample = replace(sample, id=f"{sample.id}-{repeats[sample.id]}")
         samples[sample.id], places[sample.id] = sample, place
     if not samples:
-        found = f"{num_entries} questions, none with an answer" if num_entries else "no question"
+        found = f"{num_entries} questions, none with an answer and a text" if num_entries else "no question"
         raise DataError(f"{task}: found {found}{f' ({place})' if place else ''}. {_REMEDY}")
-    if num_empty:
-        logger.warning("%s: left out %d of %d questions, which have no answer", task, num_empty, num_entries)
+    for number, what in ((num_unanswered, "which have no answer"), (num_blank, "whose passages are empty")):
+        if number:
+            logger.warning("%s: left out %d of %d questions, %s", task, number, num_entries, what)
     if repeats:
         logger.warning("%s: %d questions repeat earlier ones about the same passage", task, repeats.total())
     return list(samples.values())
-
-
-def first_references(samples: Sequence[EvalSample]) -> list[EvalSample]:
-    """The samples with their first reference alone (the reference's protocol for NQ and SQuAD)."""
-    return [replace(sample, references=sample.references[:1]) for sample in samples]
 
 
 def row_entry(fields: Mapping[str, Any], *, question: str | None = None, cluster: str = "") -> Entry:
@@ -193,23 +212,26 @@ def row_entry(fields: Mapping[str, Any], *, question: str | None = None, cluster
     question: the question of rows that have none. The row's own instruction comes before it.
     cluster: name of the field with the cluster, if the row has no field `cluster`.
     """
-    asked = first_of(fields, (*_QUESTIONS, "instruction")) or question
+    given = (fields.get(name) for name in (*QUESTIONS, "instruction"))
+    asked = next((value for value in given if value is not None and str(value).strip()), question)
     if not isinstance(asked, str):
-        raise DataError(f"expected the question as a text, got {type(asked).__name__}")
+        got = "none" if asked is None else type(asked).__name__
+        raise DataError(f"expected the question as a text, got {got}")
     instruction = fields.get("instruction")
     return Entry(
         id=own_id(fields),
         question=asked,
         passages=passage_texts(first_of(fields, _PASSAGES)),
         answers=tuple(answer_texts(first_of(fields, _ANSWERS))),
-        cluster=str(first_of(fields, ("cluster", cluster)) or ""),
-        group=str(fields.get("group") or ""),
+        cluster=first_of(fields, ("cluster", cluster)),
+        group=fields.get("group", ""),
         instruction=instruction if isinstance(instruction, str) else "",
     )
 
 
-def _row(fields: Mapping[str, Any]) -> Iterator[Entry]:
-    yield row_entry(fields)
+def rows_with(*fields: str, question: str | None = None) -> Layout:
+    """The layout of rows with these fields (see `Layout`), which `row_entry` reads with this question."""
+    return Layout(name="rows", fields=fields, read=lambda row: [row_entry(row, question=question)])
 
 
 def _kilt(fields: Mapping[str, Any]) -> Iterator[Entry]:
@@ -224,7 +246,7 @@ def _kilt(fields: Mapping[str, Any]) -> Iterator[Entry]:
     )
 
 
-ROWS = Layout(name="rows", fields=("question|query", "answer|answers"), read=_row)
+ROWS = rows_with("question|query", "answer|answers")
 KILT = Layout(name="KILT", fields=("input", "output"), read=_kilt)
 
 
@@ -236,29 +258,12 @@ def passage_texts(value: Any) -> tuple[str, ...]:
 
     Raises DataError on another form.
     """
-    if value is None:
-        return ()
-    return tuple(text for item in rows_of(value) if (text := _passage(item)).strip())
+    return () if value is None else tuple(titled_passage(item)[1] for item in rows_of(value))
 
 
-def _passage(item: Any) -> str:
-    text = item
-    if isinstance(item, dict):
-        text = first_of(item, _TEXTS)
-    elif isinstance(item, list) and len(item) == 2 and isinstance(item[1], list):
-        text = item[1]
-    if isinstance(text, list) and all(isinstance(sentence, str) for sentence in text):
-        text = " ".join(sentence.strip() for sentence in text)
-    if not isinstance(text, str):
-        got = f"an object with the fields {_found(item)}" if isinstance(item, dict) else type(item).__name__
-        raise DataError(f"expected passages as texts, or objects with one of {', '.join(_TEXTS)}, got {got}")
-    return without_mark(text)
-
-
-def own_id(fields: Mapping[str, Any]) -> str:
-    """The id of an object; empty if it has none."""
-    value = first_of(fields, _IDS)
-    return "" if value is None else str(value)
+def own_id(fields: Mapping[str, Any]) -> Any:
+    """The id of an object; None if it has none."""
+    return first_of(fields, _IDS)
 
 
 def first_of(fields: Mapping[str, Any], names: Iterable[str]) -> Any:
@@ -274,6 +279,8 @@ def text_id(*texts: str) -> str:
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place and the fields of each object of a file, folder or pattern, in the order of names and rows.
 
+    Lines and rows are read in bounded memory. Arrays and objects over several lines are held whole.
+
     Raises DataError if nothing is there, a file cannot be read, a value is no object, or a folder holds several splits.
     """
     for name in find_files(path):
@@ -282,11 +289,24 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _values(name, read_user_text(name, DataError, remedy=_REMEDY))
         elif file.kind in ("parquet", "arrow"):
             yield from _batches(file, _columns(file))
-        elif (".json" in name.suffixes and ".jsonl" not in name.suffixes) or why_no_lines(file) is not None:
+        elif not _holds_lines(file):
             text = decode_user_text(read_whole(file), str(name), DataError, remedy=_REMEDY, convert=file.convert)
             yield from _values(name, text)
         else:
             yield from _batches(file, ())
+
+
+def _holds_lines(file: InputFile) -> bool:
+    """Whether a file holds one JSON object a line. `.json` files may hold anything, so their first line decides."""
+    if ".json" not in file.path.suffixes:
+        return why_no_lines(file) is None
+    first = next(iter(read_batches(file, columns=(), max_document_bytes=_MAX_FIRST_LINE)), None)
+    if first is None or not (lines := [line for line in first.content if isinstance(line, Line)]):
+        return False
+    try:
+        return isinstance(json.loads((lines[0].data or b"").removeprefix(BOM_UTF8)), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def find_files(path: Path) -> list[Path]:
@@ -307,29 +327,40 @@ def find_files(path: Path) -> list[Path]:
     found = [name for name, file in kinds if file is not None and file.kind != "text"]
     if not found:
         raise DataError(f"{path} holds no file of JSON, JSON lines, Parquet or Arrow. {_REMEDY}")
-    splits = {match[1] for name in found for part in name.relative_to(path).parts if (match := _SPLIT.match(part))}
+    splits = {match[1] for name in found for part in name.relative_to(path).parts if (match := _SPLIT.search(part))}
     if len(splits) > 1:
         raise DataError(
             f"{path} holds several splits: {', '.join(sorted(splits))}. Pass one: a file such as {found[0]}, a "
-            f"folder that holds it alone, or a pattern such as {found[0].parent / f'{min(splits)}*'}."
+            f"folder that holds it alone, or a pattern such as {found[0].parent / f'*{min(splits)}*'}."
         )
     return found
 
 
-def _sample(task: str, place: str, entry: Entry, texts: dict[str, str]) -> EvalSample:
+class _Passage(NamedTuple):
+    """A passage without surrounding white space, and its hash."""
+
+    text: str
+    digest: str
+
+
+def _sample(task: str, place: str, entry: Entry, texts: dict[str, _Passage], by_passage: bool) -> EvalSample:
     """The sample of an entry. Raises DataError if a text cannot be encoded."""
-    passages = tuple(texts.setdefault(text, text.strip()) for text in entry.passages if text.strip())
     question = None if entry.question is None else without_mark(entry.question).strip()
-    for text in (*passages, question or "", *entry.answers):
+    new = [text for text in entry.passages if text not in texts]
+    for text in (*new, question or "", *entry.answers, entry.id, entry.cluster, entry.group, entry.instruction):
         check_encodable(text, f"{place}: a text")
+    texts.update((text, _Passage(text.strip(), text_id(text))) for text in new)
+    found = [texts[text] for text in entry.passages if texts[text].text]
+    passages = tuple(each.text for each in found)
     sample_id = entry.id or text_id(question or "", *passages[:1], entry.group)
+    cluster = found[0].digest if by_passage and found else sample_id
     return EvalSample(
         id=sample_id,
         task=task,
         passages=passages,
         references=entry.answers,
         question=question,
-        cluster=entry.cluster or sample_id,
+        cluster=entry.cluster or cluster,
         group=entry.group,
         instruction=entry.instruction,
     )
@@ -376,7 +407,7 @@ def _values(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _found(fields: Mapping[str, Any]) -> str:
     names = sorted(map(str, fields))
-    return ", ".join(names[:_MAX_NAMED]) + (", …" if len(names) > _MAX_NAMED else "")
+    return ", ".join(names[:_MAX_NAMED]) + (", …" if len(names) > _MAX_NAMED else "") or "none"
 
 
 def _words(fields: Sequence[str]) -> str:

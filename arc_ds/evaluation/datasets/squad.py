@@ -14,19 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arc_ds.evaluation.datasets.nq import QA_METRICS
-from arc_ds.evaluation.datasets.reading import (
-    Entry,
-    Layout,
-    first_references,
-    make_samples,
-    read_entries,
-    row_entry,
-    text_id,
-)
+from arc_ds.evaluation.datasets.reading import Entry, Layout, make_samples, read_entries, row_entry
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import EvalSample
 from arc_ds.evaluation.task import EvalTask
+from arc_ds.shards.building.question import distinct
 
 UNANSWERABLE = "unanswerable"
 
@@ -35,36 +27,37 @@ def read_squad(path: Path, protocol: Protocol, *, name: str, no_answer: tuple[st
     """The questions of an original file or of rows. See `EvalTask.read`.
 
     name: name of the task.
-    no_answer: references of a question without an answer; it is left out if there are none.
+    no_answer: references of an unanswerable question; it is left out if there are none.
     """
     layouts = (
         Layout(name="original", fields=("data",), read=_original),
         Layout(name="rows", fields=("question", "answers|answer"), read=_row),
     )
-    entries = ((place, replace(e, answers=e.answers or no_answer)) for place, e in read_entries(layouts, path))
-    samples = make_samples(name, entries)
-    return first_references(samples) if protocol.references == "first" else samples
+    entries = read_entries(layouts, path)
+    answered = ((place, replace(entry, answers=distinct(entry.answers) or no_answer)) for place, entry in entries)
+    return make_samples(name, answered, by_passage=True, only_first=protocol.references == "first")
 
 
 def _original(fields: Mapping[str, Any]) -> Iterator[Entry]:
     for article in fields["data"]:
         for paragraph in article["paragraphs"]:
             for question in paragraph["qas"]:
+                answers = [] if question.get("is_impossible") else question["answers"]
                 yield Entry(
                     id=question["id"],
                     question=question["question"],
                     passages=(paragraph["context"],),
-                    answers=tuple(answer["text"] for answer in question["answers"]),
-                    cluster=article.get("title") or text_id(paragraph["context"]),
+                    answers=tuple(answer["text"] for answer in answers),
+                    cluster=article.get("title"),
                 )
 
 
 def _row(fields: Mapping[str, Any]) -> Iterator[Entry]:
     entry = row_entry(fields, cluster="title")
-    yield replace(entry, cluster=entry.cluster or text_id(*entry.passages[:1]))
+    yield replace(entry, answers=()) if fields.get("is_impossible") else entry
 
 
 TASKS = tuple(
-    EvalTask(name=name, read=partial(read_squad, name=name, no_answer=no_answer), metrics=QA_METRICS)
+    EvalTask(name=name, read=partial(read_squad, name=name, no_answer=no_answer))
     for name, no_answer in (("squad", ()), ("squad2", (UNANSWERABLE,)))
 )

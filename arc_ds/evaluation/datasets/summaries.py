@@ -6,13 +6,12 @@ The wording of the questions is ours; the reference's is in its own files, and r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from arc_ds.errors import DataError
-from arc_ds.evaluation.datasets.reading import Entry, Layout, make_samples, own_id, read_entries, row_entry
+from arc_ds.evaluation.datasets.reading import Entry, Layout, make_samples, own_id, read_entries, rows_with
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import EvalSample
 from arc_ds.evaluation.task import EvalTask
@@ -20,54 +19,53 @@ from arc_ds.system.user_files import read_user_text
 
 CNN_QUESTION = "Summarize the previous document in a few short sentences."
 XSUM_QUESTION = "Summarize the previous document in one sentence."
-_XSUM_PARTS = re.compile(r"^\[SN\](.+?)\[SN\]$", re.MULTILINE)
+_XSUM_PARTS = re.compile(r"^\[SN\](.+?)\[SN\]\r?$", re.MULTILINE)
 _REMEDY = "Download the file again."
 
 
-def read_cnn(path: Path, protocol: Protocol) -> list[EvalSample]:
-    """The articles of the Hub's rows, of other rows, or of a folder of `.story` files. See `EvalTask.read`."""
-    if path.is_dir() and any(path.glob("*.story")):
-        return make_samples("cnn", _files(path, ".story", _story))
-    hub = partial(_hub, "article", "highlights", CNN_QUESTION)
-    return make_samples("cnn", read_entries((_layout("article", "highlights", hub), _rows(CNN_QUESTION)), path))
+def read_news(
+    path: Path,
+    protocol: Protocol,
+    *,
+    name: str,
+    question: str,
+    fields: tuple[str, str],
+    ending: str,
+    parts_of: Callable[[Path, str], tuple[str, str]],
+) -> list[EvalSample]:
+    """The articles of the Hub's rows, of other rows, or of a folder of original files. See `EvalTask.read`.
+
+    name: name of the task.
+    question: the question of rows that have none.
+    fields: the Hub's names of article and summary.
+    ending: that of original files. Their names are the ids.
+    parts_of: article and summary of an original file, from (path, text).
+    """
+    if path.is_dir() and (files := sorted(path.rglob(f"*{ending}"))):
+        texts = ((file, parts_of(file, read_user_text(file, DataError, remedy=_REMEDY))) for file in files)
+        entries = (
+            (str(file), Entry(id=file.stem, question=question, passages=(article,), answers=(summary,)))
+            for file, (article, summary) in texts
+        )
+        return make_samples(name, entries)
+    hub = Layout(
+        name="Hub",
+        fields=fields,
+        read=lambda row: [
+            Entry(id=own_id(row), question=question, passages=(row[fields[0]],), answers=(row[fields[1]],))
+        ],
+    )
+    rows = rows_with("passages|passage|context", "answer|answers", question=question)
+    return make_samples(name, read_entries((hub, rows), path))
 
 
-def read_xsum(path: Path, protocol: Protocol) -> list[EvalSample]:
-    """The articles of the Hub's rows, of other rows, or of a folder of the BBC's `.summary` files."""
-    if path.is_dir() and any(path.glob("*.summary")):
-        return make_samples("xsum", _files(path, ".summary", _bbc))
-    hub = partial(_hub, "document", "summary", XSUM_QUESTION)
-    return make_samples("xsum", read_entries((_layout("document", "summary", hub), _rows(XSUM_QUESTION)), path))
-
-
-def _layout(article: str, summary: str, read: Any) -> Layout:
-    return Layout(name="Hub", fields=(article, summary), read=read)
-
-
-def _rows(question: str) -> Layout:
-    def read(fields: Mapping[str, Any]) -> Iterator[Entry]:
-        yield row_entry(fields, question=question)
-
-    return Layout(name="rows", fields=("passages|passage|context", "answer|answers"), read=read)
-
-
-def _hub(article: str, summary: str, question: str, fields: Mapping[str, Any]) -> Iterator[Entry]:
-    yield Entry(id=own_id(fields), question=question, passages=(fields[article],), answers=(fields[summary],))
-
-
-def _files(folder: Path, ending: str, read: Any) -> Iterator[tuple[str, Entry]]:
-    """The entries of a folder's files; the id is the file's name."""
-    for path in sorted(folder.glob(f"*{ending}")):
-        yield str(path), read(path, read_user_text(path, DataError, remedy=_REMEDY))
-
-
-def _story(path: Path, text: str) -> Entry:
+def _story(path: Path, text: str) -> tuple[str, str]:
     """The article up to the first "@highlight"; the highlights after each of them are its summary."""
     article, *highlights = (part.strip() for part in text.split("@highlight"))
-    return Entry(id=path.stem, question=CNN_QUESTION, passages=(article,), answers=("\n".join(highlights),))
+    return article, "\n".join(highlights)
 
 
-def _bbc(path: Path, text: str) -> Entry:
+def _bbc(path: Path, text: str) -> tuple[str, str]:
     """The article under [SN]RESTBODY[SN], its summary under [SN]FIRST-SENTENCE[SN]."""
     pieces = _XSUM_PARTS.split(text)
     parts = dict(zip(pieces[1::2], pieces[2::2], strict=True))
@@ -76,11 +74,18 @@ def _bbc(path: Path, text: str) -> Entry:
             f"{path}: found the parts {', '.join(parts) or 'none'}; wanted [SN]FIRST-SENTENCE[SN] and "
             f"[SN]RESTBODY[SN]. {_REMEDY}"
         )
-    summary, body = (" ".join(parts[name].split()) for name in ("FIRST-SENTENCE", "RESTBODY"))
-    return Entry(id=path.stem, question=XSUM_QUESTION, passages=(body,), answers=(summary,))
+    return " ".join(parts["RESTBODY"].split()), " ".join(parts["FIRST-SENTENCE"].split())
 
 
-TASKS = (
-    EvalTask(name="cnn", read=read_cnn, metrics=("rouge_l",), max_new_tokens=256),
-    EvalTask(name="xsum", read=read_xsum, metrics=("rouge_l",)),
+TASKS = tuple(
+    EvalTask(
+        name=name,
+        read=partial(read_news, name=name, question=question, fields=fields, ending=ending, parts_of=parts_of),
+        num_passages=None,
+        max_new_tokens=max_new_tokens,
+    )
+    for name, question, fields, ending, parts_of, max_new_tokens in (
+        ("cnn", CNN_QUESTION, ("article", "highlights"), ".story", _story, 256),
+        ("xsum", XSUM_QUESTION, ("document", "summary"), ".summary", _bbc, 64),
+    )
 )

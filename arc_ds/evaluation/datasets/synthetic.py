@@ -22,7 +22,7 @@ from arc_ds.data.order.randomness import permutation, random_words
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import EvalSample
-from arc_ds.evaluation.task import EvalTask, Metric
+from arc_ds.evaluation.task import EvalTask
 from arc_ds.system.user_files import read_user_text
 
 _ADJECTIVES, _NOUNS, _VERBS, _TIMES = (
@@ -45,14 +45,15 @@ class HaystackSpec:
     words: lengths of the documents in words, needles included. A document ends with the sentence that exceeds it.
     samples: samples of each length.
     seed: other seeds give other documents and needles.
-    needles: facts of `multi_needle`, variables of each chain of `variables`, highest count of `counting`.
+    needles: facts of `multi_needle`, variables of each chain of `variables`, highest count of `counting`. At most 225,
+        the number of names.
     text: folder with text files (`*.txt`) that make the documents; relative to the file. None: generated sentences.
     """
 
     words: tuple[Annotated[int, Range(at_least=50)], ...] = (1000,)
     samples: Positive = 20
     seed: Count = 0
-    needles: Annotated[int, Range(at_least=1, below=257)] = 4
+    needles: Annotated[int, Range(at_least=1, below=226)] = 4
     text: str | None = None
 
 
@@ -104,7 +105,7 @@ def read_filler(folder: Path) -> list[str]:
 
 def _sample(kind: str, spec: HaystackSpec, num_words: int, idx: int, filler: Sequence[str] | None) -> EvalSample:
     key = (spec.seed, kind, num_words, idx)
-    haystack = _KINDS[kind].hide(spec.needles, *key)
+    haystack = _KINDS[kind](spec.needles, *key)
     room = num_words - sum(_count(needle) for needle in haystack.needles)
     if room < 0:
         raise ConfigError(
@@ -180,17 +181,13 @@ def _numbers(count: int, *key: int | str) -> list[str]:
 
 def _hide_needle(_: int, *key: int | str) -> Haystack:
     (name,), (number,) = _facts(1, *key)
-    return Haystack(
-        (f"The secret number of the {name} is {number}.",), f"What is the secret number of the {name}?", number
-    )
+    return Haystack((_fact(name, number),), f"What is the secret number of the {name}?", number)
 
 
 def _hide_needles(count: int, *key: int | str) -> Haystack:
     names, numbers = _facts(count, *key)
     order = permutation(count, *key, "question").tolist()  # the order of the question is not that of the text
-    needles = tuple(
-        f"The secret number of the {name} is {number}." for name, number in zip(names, numbers, strict=True)
-    )
+    needles = tuple(map(_fact, names, numbers))
     asked = ", ".join(f"the {names[idx]}" for idx in order)
     question = f"What are the secret numbers of {asked}? Give them in this order, with commas between them."
     return Haystack(needles, question, ", ".join(numbers[idx] for idx in order))
@@ -230,27 +227,21 @@ def _count(sentence: str) -> int:
     return len(sentence.split())
 
 
-class _Kind(NamedTuple):
-    hide: Callable[..., Haystack]
-    metrics: tuple[Metric, ...]
-
-
-_KINDS = {
-    "needle": _Kind(_hide_needle, ("substring", "em")),
-    "multi_needle": _Kind(_hide_needles, ("substring", "em", "f1")),
-    "variables": _Kind(_hide_variables, ("substring", "em", "f1")),
-    "counting": _Kind(_hide_rings, ("em",)),
+_KINDS: dict[str, Callable[..., Haystack]] = {
+    "needle": _hide_needle,
+    "multi_needle": _hide_needles,
+    "variables": _hide_variables,
+    "counting": _hide_rings,
 }
 
 TASKS = tuple(
     EvalTask(
         name=kind,
         read=partial(read_haystacks, kind=kind),
-        metrics=metrics,
         layout="long",
         labels=("Text", "Question", "Answer"),
         instruction="Answer the question about the text. Give the answer alone.",
         stop=("\n",),
     )
-    for kind, (_, metrics) in _KINDS.items()
+    for kind in _KINDS
 )

@@ -7,12 +7,12 @@ whole documents instead, and the first one (Wikipedia before the web) is then th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from arc_ds.errors import DataError
-from arc_ds.evaluation.datasets.nq import QA_METRICS
 from arc_ds.evaluation.datasets.reading import (
     KILT,
     ROWS,
@@ -40,7 +40,8 @@ def read_triviaqa(path: Path, protocol: Protocol) -> list[EvalSample]:
     reference.
     """
     aliases_only = protocol.references == "first"
-    evidence = path.absolute().parent.parent / "evidence"
+    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    evidence = folder.parent / "evidence"
     layouts = (
         Layout(name="original", fields=("Data",), read=partial(_original, evidence, aliases_only)),
         Layout(name="Hub", fields=("question", "question_id", "answer"), read=partial(_hub, aliases_only)),
@@ -83,7 +84,7 @@ def _hub(aliases_only: bool, fields: Mapping[str, Any]) -> Iterator[Entry]:
         for page in rows_of(fields.get(field) or [])
         for passage in passage_texts(page.get(text))
     )
-    yield Entry(id=entry.id, question=entry.question, passages=entry.passages or documents, answers=entry.answers)
+    yield replace(entry, passages=entry.passages or documents)
 
 
-TASKS = (EvalTask(name="triviaqa", read=read_triviaqa, metrics=QA_METRICS),)
+TASKS = (EvalTask(name="triviaqa", read=read_triviaqa),)

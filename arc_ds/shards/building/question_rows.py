@@ -113,13 +113,13 @@ def _passages(value: Any, supporting: frozenset[str]) -> tuple[str, ...]:
     """The passages of a row, the relevant ones first."""
     relevant: dict[bool, list[str]] = {True: [], False: []}
     for item in rows_of(value):
-        title, text = _titled(item)
+        title, text = titled_passage(item)
         is_relevant = title in supporting or (isinstance(item, dict) and any(item.get(name) for name in _IS_RELEVANT))
         relevant[is_relevant].append(f"{title}\n{text}" if title else text)
     return (*relevant[True], *relevant[False])
 
 
-def _titled(item: Any) -> tuple[str, str]:
+def titled_passage(item: Any) -> tuple[str, str]:
     """Title (maybe empty) and text of a passage: a text, an object, or a pair of title and sentences."""
     title, text = "", item
     if isinstance(item, dict):

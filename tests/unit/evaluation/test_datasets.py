@@ -14,6 +14,7 @@ import pytest
 
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.datasets import TASKS, find_task
+from arc_ds.evaluation.datasets.reading import read_objects
 from arc_ds.evaluation.protocol import CLEAN, REFERENCE
 from arc_ds.evaluation.sample import EvalSample
 from tests.unit.evaluation import small_files as files
@@ -47,6 +48,13 @@ ONE_PASSAGE = {
     "KILT": in_lines(
         lambda q, p, a: {"id": q, "input": q, "output": [{"answer": a, "provenance": [{"title": "T", "text": p}]}]}
     ),
+    "KILT with the passages of a retriever": in_lines(
+        lambda q, p, a: {
+            "input": q,
+            "output": [{"answer": a, "provenance": [{"text": "Gold."}]}],
+            "ctxs": [{"title": "T", "text": p}],
+        }
+    ),
     "array": lambda folder: write_json(
         folder / "a.json", rows(lambda q, p, a: {"question": q, "context": p, "answers": {"text": [a, a]}})
     ),
@@ -69,11 +77,21 @@ def test_rows_of_every_layout_give_the_same_samples(layout: str, tmp_path: Path)
 
 def test_compressed_lines_arrow_folders_and_patterns_are_read(tmp_path: Path) -> None:
     import pyarrow
+    import zstandard
 
     given = rows(lambda q, p, a: {"question": q, "passages": [p], "answer": a})
     lines = tmp_path / "lines" / "part.jsonl.gz"
     lines.parent.mkdir()
-    lines.write_bytes(gzip.compress("\n".join(map(json.dumps, given)).encode()))
+    # Lines of Windows: with a byte order mark, and with a carriage return before each line's end.
+    from_windows = ("\ufeff" + "\r\n".join(map(json.dumps, given)) + "\r\n").encode()
+    lines.write_bytes(gzip.compress(from_windows))
+    (lines.parent / ".part.jsonl").write_text("{}", encoding="utf-8")  # hidden files are passed over
+    others = [tmp_path / "a" / name for name in ("part.jsonl", "part.json", "part.jsonl.zst", "array.json.gz")]
+    array = gzip.compress(json.dumps(given).encode())
+    for path, content in zip(
+        others, (from_windows, from_windows, zstandard.compress(from_windows), array), strict=True
+    ):
+        path.write_bytes(content)
     table = pyarrow.Table.from_pylist(given)
     arrow = tmp_path / "saved" / "data-00000-of-00001.arrow"
     arrow.parent.mkdir()
@@ -85,10 +103,32 @@ def test_compressed_lines_arrow_folders_and_patterns_are_read(tmp_path: Path) ->
         write_parquet(tmp_path / "data" / f"{name}.parquet", given[int(name[15]) :][:1])
     expected = contents(read("qa", lines))
     assert len(expected) == 3 and contents(read("qa", arrow)) == expected
+    assert all(contents(read("qa", path)) == expected for path in others)
     assert contents(read("qa", arrow.parent)) == expected and contents(read("qa", lines.parent)) == expected
     assert contents(read("qa", tmp_path / "data" / "validation-*.parquet")) == expected[:2]
-    with pytest.raises(DataError, match=r"several splits: train, validation.*a pattern such as .*/data/train\*"):
+    with pytest.raises(DataError, match=r"several splits: train, validation.*a pattern such as .*/data/\*train\*"):
         read("qa", tmp_path / "data")
+
+
+def test_lines_are_read_one_after_the_other_whatever_their_ending(tmp_path: Path) -> None:
+    """A damaged last line is found only after the lines before it, so a huge file is not held in memory."""
+    good = json.dumps({"question": "Who?", "passages": "Text.", "answer": "a"})
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text(f"{good}\n{good}\n{{damaged\n", encoding="utf-8")
+        objects = read_objects(tmp_path / name)
+        assert [next(objects)[0] for _ in range(2)] == [f"{tmp_path / name}, line {number}" for number in (1, 2)]
+        with pytest.raises(DataError, match="line 3: expected JSON"):
+            next(objects)
+
+
+@pytest.mark.parametrize("pair", [("hotpot_train_v1.1.json", "hotpot_dev_v1.json"), ("train/a.json", "dev/a.json")])
+def test_a_folder_of_several_splits_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    for name in pair:
+        write_json(tmp_path / "data" / name, [{"question": name, "answer": "a"}])
+    with pytest.raises(DataError, match=r"several splits: dev, train"):
+        read("nq", tmp_path / "data")
+    (tmp_path / "data" / pair[0]).rename(tmp_path / "data" / "latest.json")
+    assert len(read("nq", tmp_path / "data")) == 2
 
 
 OTHER_LAYOUTS: dict[str, tuple[str, Writer]] = {
@@ -111,7 +151,8 @@ OTHER_LAYOUTS: dict[str, tuple[str, Writer]] = {
     "FLORES, lines": (
         "flores",
         lambda folder: files.write_texts(
-            folder / "dev", {f"{code}.dev": "\n".join(texts) + "\n" for code, texts in files.FLORES.items()}
+            folder / "dev",
+            {f"{code}.dev": "\r\n".join(texts) + "\r\n" * (code != "eng_Latn") for code, texts in files.FLORES.items()},
         ),
     ),
     "FLORES of the Hub": (
@@ -137,8 +178,8 @@ OTHER_LAYOUTS: dict[str, tuple[str, Writer]] = {
             folder / "xsum",
             {
                 f"{r}.summary": "[SN]URL[SN]\nhttp://x\n\n[SN]TITLE[SN]\nT\n\n[SN]FIRST-SENTENCE[SN]\n"
-                f"A city on {r}.\n\n[SN]RESTBODY[SN]\n{p}\n"
-                for p, r in zip(PARAGRAPHS, RIVERS, strict=True)
+                f"A city on {r}.\n\n[SN]RESTBODY[SN]\n{p}\n".replace("\n", line_end)
+                for p, r, line_end in zip(PARAGRAPHS, RIVERS, ("\n", "\r\n", "\n"), strict=True)
             },
         ),
     ),
@@ -181,12 +222,22 @@ OTHER_LAYOUTS: dict[str, tuple[str, Writer]] = {
             folder / "R1.json",
             {
                 "id": "R1",
-                "summary": ["What GAO Found", "Dams leak."],
+                "summary": "What GAO Found\nDams leak.",
                 "reports": {
                     "section_title": "Dams",
                     "paragraphs": ["Dams age.", "Some leak."],
                     "subsections": [{"section_title": "Costs", "paragraphs": ["They rose."], "subsections": []}],
                 },
+            },
+        ),
+    ),
+    "GovReport, CRS, a summary in paragraphs": (
+        "govreport",
+        lambda folder: write_json(
+            folder / "R2.json",
+            {
+                "summary": ["What GAO Found", "Dams leak."],
+                "reports": {"paragraphs": ["Dams\nDams age.\nSome leak.\n\nCosts\nThey rose."]},
             },
         ),
     ),
@@ -247,6 +298,9 @@ def test_qasper_of_the_hub_and_scrolls_by_question_and_by_row(tmp_path: Path) ->
         ],
     )
     by_row = replace(CLEAN, qasper_by_question=False)
+    other = [{"id": "q1", "input": f"{question}?\n\n{document}", "output": "a"} for question in ("Who", "What")]
+    with pytest.raises(DataError, match=r"line 2: the id q1 occurs a second time"):
+        read("qasper", write_lines(tmp_path / "other.jsonl", other))
     for path in (files.qasper(tmp_path), hub, scrolls):
         (sample,) = TASKS["qasper"].read(path, CLEAN)
         assert (sample.id, sample.references, sample.passages) == ("q1", texts, (document,))
@@ -267,11 +321,17 @@ def test_triviaqa_with_its_evidence(tmp_path: Path) -> None:
     (closed,) = read("triviaqa", path)
     assert closed.passages == () and closed.references == ("whale oil", "Whale oil", "oil", "the oil")
     files.write_texts(tmp_path / "evidence", {"wikipedia/Lamp.txt": "A lamp burns oil."})
+    assert read("triviaqa", path.parent)[0].passages == ("A lamp burns oil.",)
     (opened,) = TASKS["triviaqa"].read(path, REFERENCE)
     assert opened.passages == ("A lamp burns oil.",) and opened.references == ("Whale oil", "oil")
     (tmp_path / "evidence" / "wikipedia" / "Lamp.txt").unlink()
-    with pytest.raises(DataError, match=r"Lamp.txt cannot be read.*Unpack"):
+    with pytest.raises(DataError, match=r"Lamp.txt cannot be read.*Unpack.*file's folder\.$"):
         read("triviaqa", path)
+
+
+def test_passages_of_a_retriever_come_before_triviaqa_s_documents(tmp_path: Path) -> None:
+    rows = [row | {"ctxs": [{"title": "T", "text": "Found."}]} for row in files.triviaqa_rows()]
+    assert {sample.passages for sample in read("triviaqa", write_lines(tmp_path / "t.jsonl", rows))} == {("Found.",)}
 
 
 def test_references_are_all_or_the_first_one_of_nq_and_squad(tmp_path: Path) -> None:
@@ -283,11 +343,16 @@ def test_references_are_all_or_the_first_one_of_nq_and_squad(tmp_path: Path) -> 
 
 def test_clusters(tmp_path: Path) -> None:
     assert [sample.cluster for sample in read("squad", files.squad(tmp_path))] == ["Rivers", "Rivers", "Quay"]
+    hub = [
+        {"question": f"{idx}?", "context": f"Text {idx}.", "title": "Quay", "answers": {"text": ["a"]}}
+        for idx in range(2)
+    ]
+    assert {sample.cluster for sample in read("squad", write_lines(tmp_path / "h.jsonl", hub))} == {"Quay"}
     same = [{"question": f"{idx}?", "passages": ["One text."], "answer": "a"} for idx in range(3)]
-    own = [row | {"cluster": "mine"} for row in same[:1]]
+    own = [row | {"cluster": 0} for row in same[:1]]
     for name, number in (("squad", 1), ("qa", 1), ("nq", 3)):
         assert len({sample.cluster for sample in read(name, write_lines(tmp_path / "c.jsonl", same))}) == number
-    assert read("qa", write_lines(tmp_path / "c.jsonl", own))[0].cluster == "mine"
+    assert read("qa", write_lines(tmp_path / "c.jsonl", own))[0].cluster == "0"
     flores = read("flores", files.flores(tmp_path))
     assert len(flores) == 12 and {s.group for s in flores} == {"eng-spa", "eng-fra", "eng-deu", "eng-dan"}
     assert len({sample.cluster for sample in flores}) == 3
@@ -301,6 +366,11 @@ def test_squad_with_and_without_unanswerable_questions(tmp_path: Path, caplog: p
     assert [sample.references[0] for sample in read("squad2", path)] == [
         text for river in RIVERS for text in (river, "unanswerable")
     ]
+    unanswerable = ({"text": []}, {"text": [""]}, None, "")
+    rows = [{"question": f"{idx}?", "context": "Text.", "answers": answers} for idx, answers in enumerate(unanswerable)]
+    rows.append({"question": "4?", "context": "Text.", "answers": {"text": ["plausible"]}, "is_impossible": True})
+    found = read("squad2", write_lines(tmp_path / "rows.jsonl", rows))
+    assert [sample.references for sample in found] == [("unanswerable",)] * 5
 
 
 def test_any_pair_of_flores(tmp_path: Path) -> None:
@@ -340,8 +410,43 @@ def test_instructions_of_the_file_are_kept(tmp_path: Path) -> None:
     row = {"passage": "Text.", "answer": "a", "instruction": "Do it."}
     (report,) = read("govreport", write_lines(tmp_path / "g.jsonl", [row]))
     assert (report.instruction, report.question) == ("Do it.", None)
+    asked = {"passage": "Text.", "answer": "a", "question": "Shorten it."}
+    (report,) = read("govreport", write_lines(tmp_path / "g.jsonl", [asked]))
+    assert (report.instruction, report.question) == ("Shorten it.", None)
     (question,) = read("qasper", write_lines(tmp_path / "q.jsonl", [row | {"question": "Why?"}]))
     assert (question.instruction, question.question) == ("Do it.", "Why?")
+
+
+def test_the_reference_counts_each_row_of_a_long_task(tmp_path: Path) -> None:
+    """Its permutation goes over the rows, so two rows that ask the same stay two samples (notes, sections 3 and 9)."""
+    same = [{"question": "Who?", "passage": "Text.", "answer": answer} for answer in (["a", "b"], ["c"])]
+    for name in ("narrativeqa", "qasper", "qmsum"):
+        path = write_lines(tmp_path / "same.jsonl", same)
+        assert [sample.references for sample in read(name, path)] == [("a", "b", "c")]
+        assert [sample.references for sample in TASKS[name].read(path, REFERENCE)] == [("a", "b"), ("c",)]
+    csv = "document_id,set,question,answer1,answer2\nd1,valid,Who?,a,b\nd1,valid,Who?,c,\n"
+    folder = files.write_texts(tmp_path / "n", {"qaps.csv": csv, "stories/d1.content": "Text."})
+    assert [sample.references for sample in read("narrativeqa", folder)] == [("a", "b", "c")]
+    assert [sample.references for sample in TASKS["narrativeqa"].read(folder, REFERENCE)] == [("a", "b"), ("c",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "blank"),
+    [
+        ("xsum", {"document": " ", "summary": "a"}),
+        ("cnn", {"article": None, "highlights": "a"}),
+        ("qa", {"question": "Why?", "passages": [""], "answer": "a"}),
+        ("govreport", {"report": "", "summary": "a"}),
+    ],
+)
+def test_empty_documents_are_left_out_and_counted(
+    name: str, blank: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = {key: value or "Text." for key, value in blank.items()} | {"document": "Text.", "passages": ["Text."]}
+    with caplog.at_level(logging.WARNING):
+        (sample,) = read(name, write_lines(tmp_path / "a.jsonl", [blank, full]))
+    assert sample.passages == ("Text.",)
+    assert f"{name}: left out 1 of 2 questions, whose passages are empty" in caplog.text
 
 
 def row_of(**fields: Any) -> Mapping[str, Any]:
@@ -370,14 +475,19 @@ def test_ids(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
             r"found the fields label, text; wanted those of .*original: data; rows: que",
         ),
         ("qa", {"question": "Why?"}, r"found the fields question; wanted .*answer or answers"),
+        ("qa", {}, r"found the fields none; wanted"),
         ("xsum", {"article": "a"}, r"found the fields article; wanted .*Hub: document, summary"),
         ("qasper", {"input": "no empty line", "output": "a"}, r"no empty line"),
         ("qa", row_of(answer=3), r"expected answers as texts.*got int"),
-        ("qa", row_of(passages=[{"body": "a"}]), r"expected passages as texts.*fields body"),
+        ("qa", row_of(passages=[{"body": "a"}]), r"expected passages as texts.*fields \['body'\]"),
         ("qa", row_of(question=5), r"expected the question as a text, got int"),
-        ("squad", {"data": [{"paragraphs": [{"qas": [{"id": "a"}]}]}]}, r"layout original \(the field 'question'"),
+        ("qa", row_of(question=" "), r"expected the question as a text, got none"),
+        ("qa", row_of(id={"a": 1}), r"expected the id as a text or a number, got dict"),
+        ("squad", {"data": [{"paragraphs": [{"qas": [{"answers": []}]}]}]}, r"layout original \(the field 'id'"),
+        ("squad2", {"data": [{"paragraphs": [{"qas": [{"id": "a"}]}]}]}, r"layout original \(the field 'answers'"),
         ("qa", row_of(answer=" "), r"found 1 questions, none with an answer"),
         ("qa", row_of(question="\ud800"), r"UTF-8 cannot encode"),
+        ("qa", row_of(id="\ud800"), r"UTF-8 cannot encode"),
         ("cnn", {"article": ["a"], "highlights": "b"}, r"layout Hub: expected texts as passages, got list"),
         ("xsum", {"document": "a", "summary": None}, r"found 1 questions, none with an answer"),
         ("qa", [1], r"value 1: expected a JSON object, got int"),
@@ -397,17 +507,3 @@ def test_a_missing_file_and_an_empty_folder_are_named(tmp_path: Path) -> None:
         read("qa", tmp_path / "nothing.jsonl")
     with pytest.raises(DataError, match=r"holds no file of JSON"):
         read("qa", tmp_path / "a")
-
-
-def test_every_task_has_known_metrics_and_a_name_of_its_own() -> None:
-    named = "squad nq triviaqa hotpotqa cnn xsum flores narrativeqa qasper govreport qmsum qa summary translation"
-    assert set(named.split()) <= TASKS.keys()
-    headlines = {name: TASKS[name].headline for name in named.split()}
-    assert [name for name, metric in headlines.items() if metric == "em"] == [
-        "squad",
-        "nq",
-        "triviaqa",
-        "hotpotqa",
-        "qa",
-    ]
-    assert headlines["flores"] == "bleu" and headlines["qasper"] == "f1" and headlines["qmsum"] == "rouge_l"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,6 +48,28 @@ def test_the_kept_part_fills_the_window_and_cuts_no_word(part: Part, length: int
     assert {"head": start == 0, "tail": start + len(kept) == length}.get(part, 0 < start < length - len(kept))
     assert num_cut == len(" ".join(words)) - len(document.text)
     assert shorter.parts[0] == prompt.parts[0] and shorter.parts[2] == prompt.parts[2]
+
+
+@pytest.mark.parametrize("part", get_args(Part))
+def test_a_long_prompt_around_the_document_leaves_it_the_rest(part: Part) -> None:
+    """The rows of the prompt do not shrink with the document, so a guess in proportion would never arrive."""
+    long_word = "y" * 80
+    prompt = _prompt([long_word, *(f"w{idx}" for idx in range(19998)), long_word])
+    prompt = replace(prompt, parts=("x " * 950, *prompt.parts))
+    fixed = _system().num_rows(prompt) - 20000
+    for room in (1, 40):
+        found = shorten(prompt, _system(), fixed + room, part)
+        assert found is not None and 0.98 * (fixed + room) <= _system().num_rows(found[0]) <= fixed + room
+
+
+@pytest.mark.parametrize("part", get_args(Part))
+def test_a_document_without_white_space_is_cut_anywhere(part: Part) -> None:
+    system = _system()
+    system.num_rows = lambda prompt: sum(  # type: ignore[method-assign]  # a token a character, as in Chinese
+        len(each.text if isinstance(each, Document) else each) for each in prompt.parts
+    )
+    found = shorten(_prompt(["水" * 3000 + " " + "火" * 3000]), system, 1000, part)
+    assert found is not None and 950 <= system.num_rows(found[0]) <= 1000
 
 
 def test_a_window_that_holds_no_word_is_none() -> None:

@@ -41,6 +41,11 @@ def test_the_answer_follows_from_the_document(kind: str) -> None:
         assert sample.references[0] not in (sample.question or "")
 
 
+def test_the_most_needles_have_names_of_their_own() -> None:
+    (sample,) = make_haystacks("multi_needle", HaystackSpec(words=(2500,), samples=1, needles=225))
+    assert solve("multi_needle", sample.question or "", sample.passages[0]) == sample.references[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_have_their_length_and_follow_from_the_parameters(kind: str) -> None:
     samples = make_haystacks(kind, SPEC)
@@ -82,6 +87,7 @@ def test_a_yaml_file_describes_a_set_over_a_text_folder(tmp_path: Path) -> None:
         ("{wrds: [100]}", "wrds"),
         ("{words: [10]}", "50 or more"),
         ("{words: [50], needles: 40}", "80 needles exceed 50 words. Raise `words`"),
+        ("{needles: 226}", "less than 226"),
     ],
 )
 def test_bad_specs_are_refused(text: str, words: str, tmp_path: Path) -> None:

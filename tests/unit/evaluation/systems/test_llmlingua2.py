@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import string
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import tiktoken.load
 import torch
+from tiktoken_ext import openai_public
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaForTokenClassification
 
@@ -248,6 +251,17 @@ def test_without_its_file_the_counter_says_where_to_put_it(tmp_path: Path, monke
     assert str(cl100k_file()) in str(error.value)
     cl100k_file().write_bytes(b"the file")  # tiktoken finds it there
     assert tiktoken.load.read_file_cached(address) == b"the file"
+    with pytest.raises(ConfigError, match="is damaged"):
+        cl100k_counter()
+    assert cl100k_file().exists()
+    monkeypatch.setattr(room, "_CL100K_SHA256", hashlib.sha256(b"the file").hexdigest())
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _name: SimpleNamespace(encode_ordinary=str.split))
+    assert cl100k_counter()("two words") == 2
+
+
+def test_the_file_and_its_digest_are_those_of_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda url, expected_hash: (url, expected_hash))
+    assert openai_public.cl100k_base()["mergeable_ranks"] == (room._CL100K, room._CL100K_SHA256)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, 2.0, float("nan")])
@@ -283,7 +297,10 @@ def test_the_kind_reads_documents_shortened(
     sample = EvalSample(id="q", task="squad", passages=(text,), references=("1889",))
     parts = ("Document: ", Document(text), "\nAnswer:")
     (answer,) = system.answer([EvalPrompt(sample=sample, parts=parts, max_new_tokens=5, stop=())])
-    kept = llmlingua2(classifier, rate=0.5, count_tokens=count)(text, "")
+    shorten = llmlingua2(classifier, rate=0.5, count_tokens=count)
+    kept = shorten(text, "")
+    monkeypatch.setattr(room, "_classify", None)  # another question on the document needs no classifier
+    assert shorten(text, "Which river?") == kept
     assert 0 < len(kept) < len(text)
     assert [answer.raw] == model.generate([f"Document: {kept}\nAnswer:"], max_new_tokens=5)
     assert system.describe().items() >= {"kind": "llmlingua2", "rate": 0.5, "ends": "library"}.items()

@@ -24,7 +24,6 @@ from arc_ds.errors import ConfigError, WeightsError
 from arc_ds.evaluation.systems.decoder_system import DecoderSection, TextSystem
 from arc_ds.evaluation.systems.kind import SystemKind, SystemSettings
 from arc_ds.inference.weight_samples import sample_digest
-from arc_ds.system.device import usable_device
 from arc_ds.system.user_files import check_encodable, library_reads
 
 _MAX_TOKENS = 512  # of a piece, with the tokens that start and end it
@@ -51,7 +50,7 @@ def llmlingua2(
     rate: float,
     count_tokens: CountTokens,
     ends: Ends = "library",
-    device: str | torch.device = "cpu",
+    device: torch.device,
     batch_size: int = 50,
 ) -> Callable[[str, str], str]:
     """The text that replaces a document: a function of the document and the question, which it ignores.
@@ -69,13 +68,8 @@ def llmlingua2(
     device: where the classifier runs.
     batch_size: number of pieces of at most 512 tokens that it reads at once.
 
-    Raises ConfigError on a rate out of range or an unusable device, and WeightsError if the folder holds no such model.
+    Raises WeightsError if the folder holds no such model.
     """
-    if not 0.0 < rate < 1.0:
-        raise ConfigError(
-            f"rate is {rate!r}; expected a number above 0 and below 1. Without compression, use open book."
-        )
-    device = usable_device(device)
     model, tokenizer = _load(folder, device)
     unknown = tokenizer.unk_token_id
     around = (unknown, unknown) if ends == "library" else (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -148,8 +142,8 @@ def keep_words(words: Sequence[Word], rate: float, count_tokens: CountTokens) ->
 def cl100k_counter() -> CountTokens:
     """The counter of the published results: the number of `cl100k_base` tokens of a text.
 
-    Raises ConfigError if tiktoken is not installed, or if its file of this vocabulary is damaged or not on this machine.
-    Nothing is downloaded.
+    Nothing is downloaded. Raises ConfigError if tiktoken is not installed, or if its file of this vocabulary is missing
+    or damaged.
     """
     try:
         import tiktoken
@@ -249,7 +243,7 @@ def build_llmlingua2(section: LlmLingua2Section, settings: SystemSettings) -> Te
     description = {
         "kind": "llmlingua2",
         "classifier": classifier.name,
-        "classifier_digest": sample_digest(_load(classifier, usable_device(settings.device))[0]),
+        "classifier_digest": sample_digest(_load(classifier, settings.device)[0]),
         "rate": section.rate,
         "ends": section.ends,
     }

@@ -8,7 +8,7 @@ import pytest
 
 from arc_ds.config.deepspeed import resolve_deepspeed
 from arc_ds.config.load import load_config
-from arc_ds.config.schema import RunConfig
+from arc_ds.config.schema import LoraConfig, RunConfig
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "ds_configs" / "recipes").rglob("*.yaml"))
@@ -112,6 +112,7 @@ def test_the_icae_like_baseline_has_the_decoders_own_model_as_encoder(name, monk
     config = baseline(name, monkeypatch)
     assert config.encoder.backbone == config.decoders[0].backbone and config.encoder.kept_layers(32) == 32
     assert (config.pooling.memory_tokens, config.pooling.factors, config.bridge.kind) == (32, (), "none")
+    assert config.encoder.lora == LoraConfig(rank=128, alpha=32)
     assert name == "icae_finetune" or (config.data.reconstruction_share, config.steps) == (0.5, 100_000)
 
 

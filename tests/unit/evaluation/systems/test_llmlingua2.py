@@ -65,6 +65,7 @@ EDGES = (
     "Москва — столица России, а Париж — Франции.",
     "  leading and   inner   space  ",
     "<s> literal </s> special <pad> <unk> <mask> tokens",
+    "city <pad> ( compressed",  # the package hides it from the classifier
     "x" * 1300,
     "the cat is on the river " * 120,  # more than 510 tokens without a full stop
     "The tower was built in 1889 for a fair. " * 90,  # several pieces

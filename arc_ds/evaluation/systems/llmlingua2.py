@@ -214,9 +214,9 @@ def _classify(
         [before, *tokenizer.convert_tokens_to_ids(tokenizer.tokenize(piece)), after][:_MAX_TOKENS] for piece in pieces
     ]
     longest = max(map(len, ids))
-    pad = tokenizer.pad_token_id
-    padded = torch.tensor([[*line, *[pad] * (longest - len(line))] for line in ids]).to(model.device)
-    logits = model(input_ids=padded, attention_mask=(padded != pad).long()).logits  # a "<pad>" in a text is not seen
+    padded = torch.tensor([[*line, *[tokenizer.pad_token_id] * (longest - len(line))] for line in ids])
+    mask = torch.tensor([[1] * len(line) + [0] * (longest - len(line)) for line in ids])
+    logits = model(input_ids=padded.to(model.device), attention_mask=mask.to(model.device)).logits
     probabilities = torch.softmax(logits.float(), dim=-1)[..., 1].cpu().numpy()
     for line, of_line in zip(ids, probabilities, strict=True):
         yield tokenizer.convert_ids_to_tokens(line), list(of_line[: len(line)])

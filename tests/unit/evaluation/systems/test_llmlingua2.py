@@ -65,7 +65,6 @@ EDGES = (
     "Москва — столица России, а Париж — Франции.",
     "  leading and   inner   space  ",
     "<s> literal </s> special <pad> <unk> <mask> tokens",
-    "city <pad> ( compressed",  # the package hides it from the classifier
     "x" * 1300,
     "the cat is on the river " * 120,  # more than 510 tokens without a full stop
     "The tower was built in 1889 for a fair. " * 90,  # several pieces
@@ -91,12 +90,12 @@ def texts() -> list[str]:
     """200 texts of 1 to 300 words with punctuation, and the edge cases among them."""
     draw = random.Random(16)
     found = list(EDGES)
-    while len(found) < 200:
+    while len(found) < 199:
         words = draw.choices(WORDS, k=int(300 ** draw.random()))
         ends = draw.choices(["", ".", ",", "?", "\n"], weights=[12, 2, 2, 1, 1], k=len(words))
         text = " ".join(word + end for word, end in zip(words, ends, strict=True))
         found += [text] if text not in found else []
-    return found
+    return [*found, "city <pad> ( compressed"]  # the classifier sees a literal "<pad>", unlike padding
 
 
 @pytest.fixture(scope="module")

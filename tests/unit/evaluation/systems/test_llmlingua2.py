@@ -17,7 +17,14 @@ import tiktoken.load
 import torch
 from tiktoken_ext import openai_public
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaForTokenClassification
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaForTokenClassification,
+    XLMRobertaModel,
+)
 
 from arc_ds import ArcModel
 from arc_ds.errors import ConfigError, DataError, WeightsError
@@ -268,11 +275,20 @@ def test_the_file_and_its_digest_are_those_of_tiktoken(monkeypatch: pytest.Monke
 def test_other_folders_are_refused(classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"config\.json does not exist"):
         llmlingua2(tmp_path, rate=0.5, count_tokens=count, device=CPU)
-    config = XLMRobertaConfig.from_pretrained(classifier, num_labels=3)
-    XLMRobertaForTokenClassification(config).save_pretrained(tmp_path)
-    PreTrainedTokenizerFast.from_pretrained(classifier).save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="with 3 classes"):
-        llmlingua2(tmp_path, rate=0.5, count_tokens=count, device=CPU)
+    config = XLMRobertaConfig.from_pretrained(classifier)
+    more_classes = XLMRobertaConfig.from_pretrained(classifier, num_labels=3)
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    others = {
+        "xlm-roberta with 3 classes": XLMRobertaForTokenClassification(more_classes),
+        "xlm-roberta with 2 classes, without classifier.bias, classifier.weight": XLMRobertaModel(config),
+        "bert with 2 classes": BertForTokenClassification(BertConfig(num_attention_heads=2, **sizes)),
+    }
+    for number, (found, other) in enumerate(others.items()):
+        folder = tmp_path / str(number)
+        other.save_pretrained(folder)
+        PreTrainedTokenizerFast.from_pretrained(classifier).save_pretrained(folder)
+        with pytest.raises(WeightsError, match=f"holds a {found}"):
+            llmlingua2(folder, rate=0.5, count_tokens=count, device=CPU)
 
 
 def test_a_lone_surrogate_is_refused(classifier: Path) -> None:
@@ -285,17 +301,19 @@ def test_the_kind_reads_documents_shortened(
 ) -> None:
     monkeypatch.setattr(room, "cl100k_counter", lambda: count)
     kind = KINDS["llmlingua2"]
-    section = kind.section(decoder=str(folder / "decoder"), classifier=str(classifier), rate=0.5)
+    section = kind.section(decoder=str(folder / "decoder"), classifier=str(classifier), rate=0.25, ends="model")
     settings = SystemSettings(name="words", protocol=CLEAN, seed=0, device=CPU, dtype=torch.float32)
     system = kind.build(section, settings)
     text = "The tower was built in 1889 for a fair. It stands on the river."
     sample = EvalSample(id="q", task="squad", passages=(text,), references=("1889",))
     parts = ("Document: ", Document(text), "\nAnswer:")
     (answer,) = system.answer([EvalPrompt(sample=sample, parts=parts, max_new_tokens=5, stop=())])
-    shorten = llmlingua2(classifier, rate=0.5, count_tokens=count, device=CPU)
+    options = {"count_tokens": count, "device": CPU}
+    shorten = llmlingua2(classifier, rate=0.25, ends="model", **options)
     kept = shorten(text, "")
+    assert kept not in {llmlingua2(classifier, rate=rate, **options)(text, "") for rate in (0.25, 0.5)}
     monkeypatch.setattr(room, "_classify", None)  # another question on the document needs no classifier
     assert shorten(text, "Which river?") == kept
     assert 0 < len(kept) < len(text)
     assert [answer.raw] == model.generate([f"Document: {kept}\nAnswer:"], max_new_tokens=5)
-    assert system.describe().items() >= {"kind": "llmlingua2", "rate": 0.5, "ends": "library"}.items()
+    assert system.describe().items() >= {"kind": "llmlingua2", "rate": 0.25, "ends": "model"}.items()

@@ -33,7 +33,15 @@ from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
 from arc_ds.evaluation.systems import KINDS
 from arc_ds.evaluation.systems import llmlingua2 as room
 from arc_ds.evaluation.systems.kind import SystemSettings
-from arc_ds.evaluation.systems.llmlingua2 import Word, cl100k_counter, cl100k_file, keep_words, llmlingua2, words_of
+from arc_ds.evaluation.systems.llmlingua2 import (
+    Word,
+    cl100k_counter,
+    cl100k_file,
+    cut_pieces,
+    keep_words,
+    llmlingua2,
+    words_of,
+)
 
 WORDS = (
     *("the", "cat", "Paris", "is", "a", "city", "on", "river", "Seine", "München", "größe", "Москва", "столица"),
@@ -242,6 +250,11 @@ def test_a_word_weighs_as_many_tokens_as_it_has() -> None:
     assert keep_words(words, 0.5, len) == []  # the long word itself is the threshold
     certain = [word._replace(probability=np.float32(1.0)) for word in words]
     assert keep_words(certain, 0.5, len) == [word.text for word in words]
+
+
+def test_a_full_stop_that_starts_a_piece_does_not_end_it() -> None:
+    assert [len(piece) for piece in cut_pieces([".", *["a"] * 600, ".", "a"])] == [511, 92]
+    assert [len(piece) for piece in cut_pieces(["a", ".", *["a"] * 600])] == [2, 511, 89]
 
 
 def test_words_begin_at_marks_and_punctuation() -> None:

@@ -138,9 +138,10 @@ class PoolingConfig:
     others choose groups by content: means of k-means clusters, neighbours merged or pruned by similarity, or rows of
     largest norm."""
     pooled_queries: bool = True
-    """Pool the residual stream and the queries only; keys and values stay unpooled. No effect with `where: between`."""
-    where: Literal["before", "between"] = "before"
-    """Pool the states that enter the layer, or those between its attention and its FFN."""
+    """Pool the residual stream and the queries only; keys and values stay unpooled. Only for `where: before`."""
+    where: Literal["before", "between", "after"] = "before"
+    """Pool the states that enter the layer, those between its attention and its FFN, or those after the last layer,
+    each scaled to root mean square 1. With `num_groups: 1`, after gives the embedding of a text as retrievers do."""
     factors: tuple[Factor, ...] = (8,)
     """Tokens per group, one factor for each of the last layers: [8] pools in the last layer, [2, 2] in the last two."""
     num_groups: Positive | None = None
@@ -165,9 +166,9 @@ class MarkersConfig:
 class BridgeConfig:
     """The map from encoder width to decoder width."""
 
-    kind: Literal["mlp", "linear", "rms", "none"] = "mlp"
-    """mlp: two linears without bias or activation. linear: one linear. rms: RMSNorm and two linears. none: no map (the
-    widths must be equal)."""
+    kind: Literal["mlp", "mlp_gelu", "linear", "rms", "none"] = "mlp"
+    """mlp: two linears without bias or activation. mlp_gelu: with GELU between them. linear: one linear. rms: RMSNorm
+    and two linears. none: no map (the widths must be equal)."""
     hidden_size: Annotated[int, Range(at_least=1, cure="null takes the decoder's width.")] | None = 2048
     """Width between the two linears. None: the decoder's width. No effect for `linear` and `none`."""
     init: Literal["kaiming", "identity"] = "kaiming"

@@ -31,7 +31,7 @@ from arc_ds.model.encoder import Encoder, PoolingLayout
 from arc_ds.model.linear import Linear
 from arc_ds.model.pooling import STRATEGIES
 from arc_ds.model.rope import Rope
-from arc_ds.model.weights.ceped_files import CepedConfig, open_ceped_files
+from arc_ds.model.weights.ceped_files import CepedConfig, open_ceped_tensors, read_ceped_config
 from arc_ds.model.weights.load import load_backbone
 
 
@@ -186,11 +186,6 @@ class Ceped(nn.Module):
             config.decoder, context_width=config.encoder.hidden_size, num_cross_layers=config.num_cross_layers
         )
 
-    @property
-    def device(self) -> torch.device:
-        """The device of its weights."""
-        return self.decoder.tok_embeddings.weight.device
-
     @torch.no_grad()
     def encode(self, contexts: Sequence[Sequence[Sequence[int]]]) -> EncodedContext:
         """Encode the contexts of some sequences.
@@ -205,8 +200,9 @@ class Ceped(nn.Module):
         if not lengths.all():
             raise ValueError(f"sequence {int((lengths == 0).argmax())} has no context; read it in a batch without any")
         samples = [Sample("ceped", tuple(Segment.context(chunk, None) for chunk in context)) for context in chunks]
-        states_UE = self.encoder(pack(samples, PoolingSpec(rules=())).to(self.device))
-        cu_seqlens = torch.from_numpy(cumulative(lengths)).to(self.device)
+        device = self.encoder.tok_embeddings.weight.device
+        states_UE = self.encoder(pack(samples, PoolingSpec(rules=())).to(device))
+        cu_seqlens = torch.from_numpy(cumulative(lengths)).to(device)
         return EncodedContext(states_UE, cu_seqlens, int(lengths.max()))
 
 
@@ -215,11 +211,10 @@ def load_ceped(path: Path, device: torch.device, dtype: torch.dtype) -> Ceped:
 
     path: folder with config.json and safetensors files or `pytorch_model*.bin`. No pickle can run code.
 
-    Raises WeightsError like `open_ceped_files`, or if the tensors do not fit the config.
+    Raises WeightsError like `read_ceped_config` and `open_ceped_tensors`.
     """
-    files = open_ceped_files(path)
     with torch.device("meta"):
-        model = Ceped(files.config)
-    files.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
-    load_backbone(model, files, dtype=dtype, device=device, name="CEPED")
+        model = Ceped(read_ceped_config(path))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    load_backbone(model, open_ceped_tensors(path, shapes), dtype=dtype, device=device, name="CEPED")
     return model.eval()

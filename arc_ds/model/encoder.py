@@ -9,6 +9,7 @@ import dataclasses
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arc_ds.batch.packing import PackedBatch, PoolLevel
@@ -17,7 +18,7 @@ from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.pooling import Pooling
 from arc_ds.model.rope import Rope, lengths_of_rows, ropes_at
 
-Where = Literal["before", "between"]
+Where = Literal["before", "between", "after"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,9 @@ class PoolingLayout:
     strategy: the pooling strategy.
     num_pooled_layers: number of last layers that pool. The batch has one `PoolLevel` for each of them.
     pooled_queries: if True, queries and residual come from the pooled rows, keys and values from the unpooled rows. If
-        False, all come from the pooled rows. Ignored if `where` is "between".
-    where: pool "before" the attention, or "between" attention and feed-forward.
+        False, all come from the pooled rows. Only for `where` "before".
+    where: pool "before" the attention, "between" attention and feed-forward, or "after" the layer. After it, each row
+        is first scaled to root mean square 1, as by a final norm without weights.
     """
 
     strategy: Pooling
@@ -50,7 +52,7 @@ class PooledBlock(Block):
         selective: bool = False,
     ) -> None:
         super().__init__(config, window, selective=selective)
-        self.layout = layout
+        self.layout, self.eps = layout, config.norm_eps
         self.causal = causal
 
     def forward(  # type: ignore[override]
@@ -58,6 +60,9 @@ class PooledBlock(Block):
     ) -> Stream:
         """Map a stream of T rows to a stream of G pooled rows. `spans` belong to the input rows."""
         layout = self.layout
+        if layout.where == "after":
+            h_TD = super().forward(x_TD, update_TD, rope_T, spans).total_TD
+            return Stream(layout.strategy.pool(F.rms_norm(h_TD, h_TD.shape[-1:], eps=self.eps), spans, level))
         if layout.where == "between":
             input_TD, x_TD = self._enter(x_TD, update_TD)
             attended_TD = self.attention(input_TD, input_TD, rope_T, rope_T, spans)
@@ -130,6 +135,8 @@ class Encoder(nn.Module):
             raise ValueError(f"num_layers is {num_layers}; the backbone has {config.num_layers} layers")
         if num_pooled > num_layers:
             raise ValueError(f"{num_pooled} layers must pool but only {num_layers} are kept: use fewer factors")
+        if num_pooled > 1 and pooling.where == "after":
+            raise ValueError("pooling after the layer is for the last layer only: give one factor, or num_groups")
         if causal and not pooling.strategy.contiguous and not memory_tokens:
             raise ValueError("a causal encoder needs contiguous groups: choose mean, last, sum or fusion pooling")
         self.config = dataclasses.replace(config, num_layers=num_layers)

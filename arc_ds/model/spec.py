@@ -85,6 +85,9 @@ class CompressorSpec:
             values["markers"] = tuple(MARKERS[MARKERS.index(marker)] for marker in values["markers"])
             values["decoder_sizes"] = tuple(int(size) for size in values["decoder_sizes"])
             get_strategy(values["strategy"])
+            for name, kinds in (("where", Where), ("bridge", BridgeKind)):
+                if values[name] not in get_args(kinds):
+                    raise ValueError(f"{name} {values[name]!r} is unknown")
             return CompressorSpec(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(

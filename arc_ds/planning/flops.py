@@ -141,8 +141,9 @@ def _encoder_rows(batch: PackedBatch, spec: CompressorSpec) -> list[_LayerRows]:
     layers = [_LayerRows(num_rows, num_rows, num_rows, pairs[window]) for window in windows[:num_plain]]
     for level, window in zip(batch.levels, windows[num_plain:], strict=True):
         num_groups = level.positions.numel()
-        if spec.where == "between":
-            layers.append(_LayerRows(num_rows, num_rows, num_groups, _pairs(cu_seqlens, window, causal=spec.causal)))
+        if spec.where != "before":
+            num_ffn_rows = num_groups if spec.where == "between" else num_rows
+            layers.append(_LayerRows(num_rows, num_rows, num_ffn_rows, _pairs(cu_seqlens, window, causal=spec.causal)))
         elif not spec.pooled_queries:
             seen_by_all = _pairs(level.cu_seqlens, window, causal=spec.causal)
             layers.append(_LayerRows(num_groups, num_groups, num_groups, seen_by_all))

@@ -283,7 +283,7 @@ def _form_of_ports(ours: CompressorSpec, theirs: CompressorSpec, *, is_kept: boo
     pairs: dict[str, tuple[Any, Any]] = {"bridge.kind": (ours.bridge, theirs.bridge)}
     if is_kept or not set(ours.markers) <= set(theirs.markers):
         pairs["markers"] = (", ".join(ours.markers) or "none", ", ".join(theirs.markers) or "none")
-    if is_kept and ours.bridge in ("mlp", "rms"):
+    if is_kept and ours.bridge in ("mlp", "mlp_gelu", "rms"):
         pairs["bridge.hidden_size"] = (ours.bridge_hidden_size, theirs.bridge_hidden_size)
     return pairs
 

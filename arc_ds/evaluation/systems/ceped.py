@@ -81,9 +81,7 @@ def split_prompt_as_published(before: str, rest: str, budget: int, sizes: SplitS
         return Split(whole, [])
     encoding = tokenizer.encode_with_ends(before)
     before_ids, rest_ids = encoding.ids.tolist(), tokenizer.encode("\n\n" + rest)
-    first = len(before_ids) + len(rest_ids) - budget
-    if first < 0:  # only the other blank line exceeds the budget; the published code fails
-        return Split(_bos(tokenizer) + before_ids + rest_ids, [])
+    first = max(len(before_ids) + len(rest_ids) - budget, 0)
     end = min(first + 1, len(before_ids))
     start = max(end - sizes.context, 0)
     context = tokenizer.encode(before[int(encoding.ends[start]) : int(encoding.ends[end])])

@@ -11,6 +11,7 @@ import string
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,13 +23,15 @@ from arc_ds.config.schema import PathText
 from arc_ds.errors import ConfigError, WeightsError
 from arc_ds.evaluation.systems.decoder_system import DecoderSection, TextSystem
 from arc_ds.evaluation.systems.kind import SystemKind, SystemSettings
-from arc_ds.system.device import usable_device
+from arc_ds.inference.weight_samples import sample_digest
 from arc_ds.system.user_files import check_encodable, library_reads
 
 _MAX_TOKENS = 512  # of a piece, with the tokens that start and end it
 _PIECE_ENDS = (".", "\n")
 _WORD_START = "▁"
 _CL100K = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
+_CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+_NUM_KEPT = 1 << 16  # compressed documents: a plan reads all of a task before the first is answered
 
 CountTokens = Callable[[str], int]
 Ends = Literal["library", "model"]
@@ -47,10 +50,12 @@ def llmlingua2(
     rate: float,
     count_tokens: CountTokens,
     ends: Ends = "library",
-    device: str | torch.device = "cpu",
+    device: torch.device,
     batch_size: int = 50,
 ) -> Callable[[str, str], str]:
     """The text that replaces a document: a function of the document and the question, which it ignores.
+
+    It keeps the texts of documents that it has read.
 
     folder: an XLM-RoBERTa for token classification with its tokenizer, such as a copy of
         microsoft/llmlingua-2-xlm-roberta-large-meetingbank. Class 1 means that a token stays.
@@ -63,19 +68,15 @@ def llmlingua2(
     device: where the classifier runs.
     batch_size: number of pieces of at most 512 tokens that it reads at once.
 
-    Raises ConfigError on a rate out of range or an unusable device, and WeightsError if the folder holds no such model.
+    Raises WeightsError if the folder holds no such model.
     """
-    if not 0.0 < rate < 1.0:
-        raise ConfigError(
-            f"rate is {rate!r}; expected a number above 0 and below 1. Without compression, use open book."
-        )
-    device = usable_device(device)
     model, tokenizer = _load(folder, device)
     unknown = tokenizer.unk_token_id
     around = (unknown, unknown) if ends == "library" else (tokenizer.bos_token_id, tokenizer.eos_token_id)
     skipped = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
 
-    def compress(document: str, _question: str) -> str:
+    @lru_cache(_NUM_KEPT)
+    def compress(document: str) -> str:
         tokens = tokenizer.tokenize(check_encodable(document, "a document"))
         pieces = [tokenizer.convert_tokens_to_string(piece) for piece in cut_pieces(tokens)]
         texts = []
@@ -85,7 +86,7 @@ def llmlingua2(
                 texts.append(tokenizer.convert_tokens_to_string(keep_words(words, rate, count_tokens)))
         return "".join(texts)
 
-    return compress
+    return lambda document, _question: compress(document)
 
 
 def cut_pieces(tokens: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -141,8 +142,8 @@ def keep_words(words: Sequence[Word], rate: float, count_tokens: CountTokens) ->
 def cl100k_counter() -> CountTokens:
     """The counter of the published results: the number of `cl100k_base` tokens of a text.
 
-    Raises ConfigError if tiktoken is not installed or its file of this vocabulary is not on this machine. Nothing is
-    downloaded.
+    Nothing is downloaded. Raises ConfigError if tiktoken is not installed, or if its file of this vocabulary is missing
+    or damaged.
     """
     try:
         import tiktoken
@@ -151,9 +152,12 @@ def cl100k_counter() -> CountTokens:
             "LLMLingua-2 counts tokens with the package tiktoken, which is not installed: pip install tiktoken"
         ) from error
     file = cl100k_file()
-    if not file.is_file():
+    fault = None if file.is_file() else "does not exist"
+    if fault is None and hashlib.sha256(file.read_bytes()).hexdigest() != _CL100K_SHA256:
+        fault = "is damaged"  # tiktoken would delete and download it
+    if fault is not None:
         raise ConfigError(
-            f"LLMLingua-2 weighs words by their cl100k_base tokens, and {file} does not exist. Download {_CL100K} on a "
+            f"LLMLingua-2 weighs words by their cl100k_base tokens, and {file} {fault}. Download {_CL100K} on a "
             "machine with a network and save it as this file. TIKTOKEN_CACHE_DIR chooses another folder."
         )
     with library_reads("tiktoken", str(file), ConfigError):
@@ -168,8 +172,9 @@ def cl100k_file() -> Path:
     return Path(folder) / hashlib.sha1(_CL100K.encode()).hexdigest()
 
 
+@lru_cache(maxsize=1)
 def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
-    """The classifier and its tokenizer."""
+    """The classifier and its tokenizer. Systems of one evaluation share them."""
     try:
         from transformers import AutoModelForTokenClassification, AutoTokenizer
     except ImportError as error:
@@ -235,7 +240,13 @@ def build_llmlingua2(section: LlmLingua2Section, settings: SystemSettings) -> Te
     shorten = llmlingua2(
         classifier, rate=section.rate, count_tokens=cl100k_counter(), ends=section.ends, device=settings.device
     )
-    description = {"kind": "llmlingua2", "classifier": classifier.name, "rate": section.rate, "ends": section.ends}
+    description = {
+        "kind": "llmlingua2",
+        "classifier": classifier.name,
+        "classifier_digest": sample_digest(_load(classifier, settings.device)[0]),
+        "rate": section.rate,
+        "ends": section.ends,
+    }
     return TextSystem(settings.name, section.open(settings), settings, description=description, shorten=shorten)
 
 

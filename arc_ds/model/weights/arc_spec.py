@@ -96,9 +96,13 @@ def params_of_spec(spec: CompressorSpec, param_dtype: str) -> dict[str, Any]:
 
     param_dtype: "float32" or "bfloat16", the dtype of the tensors that will be written.
 
-    Raises WeightsError if the format cannot represent the spec: other strategies, several decoders with different
-    widths, or a linear or rms bridge for each of several decoders.
+    Raises WeightsError if the format cannot represent the spec: other strategies, pooling after the layer, a bridge
+    with GELU, several decoders with different widths, or a linear or rms bridge for each of several decoders.
     """
+    if spec.where == "after" or spec.bridge == "mlp_gelu":
+        raise WeightsError(
+            "the ARC format has no pooling after the layer and no bridge with GELU. Use our own export format."
+        )
     bridge_type: str | None = None if spec.bridge == "none" else spec.bridge
     if len(spec.decoder_sizes) > 1 and bridge_type is not None and not spec.bridge_shared:
         if len(set(spec.decoder_sizes)) > 1 or spec.bridge != "mlp":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -55,59 +54,47 @@ class CepedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CepedFiles:
-    """The opened files of a CEPED model, by the parameter names of `model.ceped.Ceped`. Only headers are read.
+class CepedTensors:
+    """The tensors of a CEPED model by the parameter names of `model.ceped.Ceped`. Only headers are read at first.
 
-    config: its sizes.
     path: its folder.
+    shapes: shapes of all parameters.
     store: the tensors, by the names of the files.
     """
 
-    config: CepedConfig
     path: Path
+    shapes: Mapping[str, Shape]
     store: TensorStore
-
-    @cached_property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Shape of every parameter whose tensor is in the files."""
-        ours = {name_in_file(name): name for name in parameter_names(self.config)}
-        return {ours[name]: shape for name, shape in self.store.shapes.items() if name in ours}
 
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         """Read a parameter, or a slice of its rows, to the CPU."""
         return self.store.tensor(name_in_file(name), rows)
 
-    def check(self, expected: Mapping[str, Shape]) -> None:
-        """Raise WeightsError unless the files hold exactly the parameters `expected`, in the names of the files."""
-        shapes = {name_in_file(name): shape for name, shape in expected.items()}
-        faults = shape_faults(shapes, self.store.shapes)
-        faults += [f"`{n}` is no part of it" for n in self.store.shapes if n not in shapes and not n.endswith(_TABLE)]
-        if faults:
-            raise WeightsError(
-                f"{self.path} does not hold exactly the tensors of the CEPED model that its config.json describes: "
-                f"{join_faults(faults)}. Copy the weights and config.json again from one source."
-            )
 
+def open_ceped_tensors(path: Path, expected: Mapping[str, Shape]) -> CepedTensors:
+    """Open the safetensors files or `pytorch_model*.bin` of a folder with a CEPED model.
 
-def open_ceped_files(path: Path) -> CepedFiles:
-    """Open a folder with a CEPED model: config.json, and safetensors files or `pytorch_model*.bin`.
+    expected: shapes of all parameters.
 
-    Raises WeightsError if files are missing or damaged, or config.json describes another model.
+    Raises WeightsError if files are missing or damaged, or do not hold exactly these parameters.
     """
-    found = locate(path)
-    if found.kind != "hugging_face":
-        raise WeightsError(
-            f"{path} holds {found.kind} files; expected the folder of a CEPED model with its config.json"
-        )
-    config = read_ceped_config(path)
-    files: list[TensorStore] = [SafetensorsStore(file) for file in found.files]
+    files: list[TensorStore] = [SafetensorsStore(file) for file in locate(path).files]
     files = files or [PickleStore(file) for file in sorted(path.glob("pytorch_model*.bin"))]
     if not files:
         raise WeightsError(
             f"{path} holds a config.json but no weights; expected .safetensors files or pytorch_model*.bin. Copy the "
             "weights there."
         )
-    return CepedFiles(config=config, path=path, store=JoinedStore(files))
+    store = JoinedStore(files)
+    shapes = {name_in_file(name): shape for name, shape in expected.items()}
+    faults = shape_faults(shapes, store.shapes)
+    faults += [f"`{n}` is no part of it" for n in store.shapes if n not in shapes and not n.endswith(_TABLE)]
+    if faults:
+        raise WeightsError(
+            f"{path} does not hold exactly the tensors of the CEPED model that its config.json describes: "
+            f"{join_faults(faults)}. Copy the weights and config.json again from one source."
+        )
+    return CepedTensors(path=path, shapes=expected, store=store)
 
 
 def read_ceped_config(path: Path) -> CepedConfig:
@@ -134,20 +121,6 @@ def read_ceped_config(path: Path) -> CepedConfig:
     if num_cross_layers > decoder.num_layers:
         raise fields.wrong("num_cross_attn_layers", f"at most the {decoder.num_layers} layers", num_cross_layers)
     return CepedConfig(decoder=decoder, encoder=encoder, num_cross_layers=num_cross_layers)
-
-
-def parameter_names(config: CepedConfig) -> list[str]:
-    """The parameter names of `model.ceped.Ceped`."""
-    names = []
-    for part, sizes in (("decoder", config.decoder), ("encoder", config.encoder)):
-        for module in _NAMES[part].table:
-            if module.endswith((".q_norm", ".k_norm")) or (part == "encoder" and module == "output"):
-                continue
-            has_context = range(sizes.num_layers - config.num_cross_layers, sizes.num_layers)
-            layers = has_context if module.startswith(_CROSS) else range(sizes.num_layers)
-            repeats = layers if "{i}" in module else range(1)
-            names += [f"{part}.{module}.weight".replace("{i}", str(layer)) for layer in repeats]
-    return names
 
 
 def _llama_sizes(fields: Fields) -> BackboneConfig:

@@ -8,7 +8,7 @@ import pytest
 
 from arc_ds.config.deepspeed import resolve_deepspeed
 from arc_ds.config.load import load_config
-from arc_ds.config.schema import RunConfig
+from arc_ds.config.schema import LoraConfig, RunConfig
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "ds_configs" / "recipes").rglob("*.yaml"))
@@ -103,11 +103,33 @@ def test_long_contexts_are_chunks_without_markers_in_a_chat(monkeypatch):
     assert (config.markers.rec, config.markers.cont, config.decoders[0].chat_template) == (False, False, "llama2")
 
 
-@pytest.mark.parametrize(("name", "share"), [("icae_llama31_8b", 0.5), ("icae_finetune_llama31_8b", None)])
-def test_the_icae_like_baseline_has_the_decoders_own_model_as_encoder(name, share, monkeypatch):
-    config = load(ROOT / "ds_configs" / "recipes" / "baselines" / f"{name}.yaml", monkeypatch)
+def baseline(name: str, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    return load(ROOT / "ds_configs" / "recipes" / "baselines" / f"{name}_llama31_8b.yaml", monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["icae", "icae_finetune"])
+def test_the_icae_like_baseline_has_the_decoders_own_model_as_encoder(name, monkeypatch):
+    config = baseline(name, monkeypatch)
     assert config.encoder.backbone == config.decoders[0].backbone and config.encoder.kept_layers(32) == 32
     assert (config.pooling.memory_tokens, config.pooling.factors, config.bridge.kind) == (32, (), "none")
-    assert share is None or (config.data.reconstruction_share, config.steps) == (share, 100_000)
+    assert config.encoder.lora == LoraConfig(rank=128, alpha=32)
+    assert name == "icae_finetune" or (config.data.reconstruction_share, config.steps) == (0.5, 100_000)
+
+
+@pytest.mark.parametrize(("name", "lr", "num_samples"), [("xrag", 6e-3, 2_000_000), ("xrag_finetune", 2e-5, 4000 * 64)])
+def test_the_xrag_like_baseline_trains_a_bridge_from_one_vector(name, lr, num_samples, monkeypatch):
+    config = baseline(name, monkeypatch)
+    assert (config.encoder.train, config.encoder.kept_layers(32), config.encoder.causal) == ("bridge", 32, False)
+    pooling = config.pooling
+    assert (pooling.strategy, pooling.num_groups, pooling.where, pooling.factors) == ("mean", 1, "after", ())
+    assert (config.bridge.kind, config.bridge.hidden_size) == ("mlp_gelu", None)
+    assert not (config.markers.rec or config.markers.cont)
+    assert (config.optimizer.bridge_lr, config.optimizer.weight_decay) == (lr, 0)
+    assert abs(config.steps * config.data.batch_size - num_samples) < config.data.batch_size
+
+
+def test_baselines_and_the_encoder_are_fine_tuned_on_the_same_data(monkeypatch):
     papers = load(ROOT / "ds_configs" / "recipes" / "finetune_llama31_8b.yaml", monkeypatch)
-    assert share is not None or config.data == papers.data
+    for name in ("icae_finetune", "xrag_finetune"):
+        config = baseline(name, monkeypatch)
+        assert (config.data, config.steps) == (papers.data, papers.steps)

@@ -56,6 +56,8 @@ OURS_ALONE = {
     "kmeans": {"strategy": "kmeans"},
     "pruning_by_norm": {"strategy": "prune_norm", "rules": (GroupRule("floor_factor", 4),)},
     "two_widths": {"decoder_sizes": (48, 40)},
+    "embedding": {"where": "after", "rules": (GroupRule("count", 1),), "markers": ()},
+    "gelu": {"bridge": "mlp_gelu"},
     "two_rms_bridges": {"decoder_sizes": (48, 48), "bridge": "rms"},
 }
 

@@ -43,6 +43,16 @@ def test_rms_norms_before_the_two_linears() -> None:
     assert (bridge(z) - (z @ bridge.layer1.weight.T @ bridge.layer2.weight.T)).abs().max() > 0.01
 
 
+def test_gelu_stands_between_two_linears_and_has_no_identity_start() -> None:
+    bridge, z = _started("mlp_gelu", 6, 4, 10), _rows(5, 6)
+    hidden = z @ bridge.layer1.weight.T
+    expected = (hidden * (1 + torch.erf(hidden / 2**0.5)) / 2) @ bridge.layer2.weight.T
+    assert torch.allclose(bridge(z), expected, rtol=0, atol=1e-14)
+    assert (bridge(z) - hidden @ bridge.layer2.weight.T).abs().max() > 0.01
+    with pytest.raises(ValueError, match="identity.*mlp_gelu"):
+        _started("mlp_gelu", 6, 6, 6, "identity")
+
+
 def test_none_leaves_vectors_as_they_are_and_needs_equal_widths() -> None:
     z = _rows(5, 6)
     assert torch.equal(make_bridge("none", 6, 6, None)(z), z)

@@ -37,6 +37,8 @@ ENCODERS: list[dict[str, Any]] = [
     {"rules": (GroupRule("factor", 2), GroupRule("factor", 2))},
     {"rules": (GroupRule("count", 2),)},
     {"rules": ()},
+    {"where": "after"},
+    {"where": "after", "strategy": "last", "causal": True, "backbone": OUTPUT_NORMS},
     {"rules": (), "memory_tokens": 3},
     {"rules": (), "memory_tokens": 3, "causal": True},
     {"backbone": dataclasses.replace(TINY, norm="layer")},
@@ -118,6 +120,21 @@ def test_two_levels_pool_in_the_last_two_layers() -> None:
     assert rows == [17, 6 + 3, 2 + 1]
 
 
+@pytest.mark.parametrize(("strategy", "causal"), [("mean", False), ("last", True)])
+def test_one_group_after_the_layer_is_the_embedding_of_a_retriever(strategy: str, causal: bool) -> None:
+    """The mean of the last states after a final norm, or the last of them."""
+    plain, plain_spec = _encoder(rules=(), causal=causal)
+    pooled, spec = _encoder(where="after", strategy=strategy, rules=(GroupRule("count", 1),), causal=causal)
+    contexts = [sample(-9), sample(-4, seed=1)]
+    states = plain(pack(contexts, plain_spec))
+    normed = states / (states.square().mean(-1, keepdim=True) + TINY.norm_eps).sqrt()
+    of_each = normed[:9], normed[9:]
+    expected = torch.stack([x.mean(0) if strategy == "mean" else x[-1] for x in of_each])
+    assert torch.allclose(pooled(pack(contexts, spec)), expected, rtol=0, atol=EXACT)
+    before, _ = _encoder(strategy=strategy, rules=(GroupRule("count", 1),), causal=causal)
+    assert (before(pack(contexts, spec)) - expected).abs().max() > 0.1
+
+
 def test_only_the_outputs_of_the_memory_tokens_are_kept_and_they_read_the_context() -> None:
     encoder, spec = _encoder(rules=(), memory_tokens=3)
     before = encoder(pack([sample(-9, seed=1), sample(-4)], spec))
@@ -140,6 +157,7 @@ def test_truncated_layers_norm_and_head_are_not_there() -> None:
         {},
         {"strategy": "similarity"},
         {"where": "between"},
+        {"where": "after"},
         {"memory_tokens": 2, "rules": ()},
         {"backbone": OUTPUT_NORMS, "where": "between"},
         {"backbone": ALL_PARTS, "causal": True},
@@ -172,6 +190,7 @@ def test_a_batch_without_contexts_gives_no_rows() -> None:
         ({"num_layers": 4}, "the backbone has 3 layers"),
         ({"num_layers": 1, "rules": (GroupRule("factor", 2),) * 2}, "2 layers must pool but only 1"),
         ({"causal": True, "strategy": "kmeans"}, "contiguous groups"),
+        ({"where": "after", "rules": (GroupRule("factor", 2),) * 2}, "for the last layer only"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:

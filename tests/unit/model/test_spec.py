@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.batch.groups import GroupRule
-from arc_ds.config.schema import PoolingStrategy
+from arc_ds.config.schema import BridgeConfig, PoolingConfig, PoolingStrategy
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import FIRST_FIELDS, RopeScaling
+from arc_ds.model.bridge import BridgeKind
+from arc_ds.model.encoder import Where
 from arc_ds.model.pooling import STRATEGIES
 from arc_ds.model.spec import LATER_FIELDS, CompressorSpec, build_compressor
 from tests.helpers.tiny_export import ENCODER, tiny_spec
@@ -37,10 +39,10 @@ specs = st.builds(
     memory_tokens=st.integers(0, 9),
     strategy=st.sampled_from(list(STRATEGIES)),
     pooled_queries=st.booleans(),
-    where=st.sampled_from(["before", "between"]),
+    where=st.sampled_from(get_args(Where)),
     causal=st.booleans(),
     markers=st.sampled_from([("cont", "rec"), ("cont",), ("rec",), ()]),
-    bridge=st.sampled_from(["mlp", "linear", "rms", "none"]),
+    bridge=st.sampled_from(get_args(BridgeKind)),
     bridge_hidden_size=st.none() | st.integers(1, 99),
     bridge_shared=st.booleans(),
     decoder_sizes=st.lists(st.integers(1, 99), min_size=1, max_size=3).map(tuple),
@@ -54,7 +56,13 @@ def test_json_carries_every_field(spec: CompressorSpec) -> None:
 
 def test_a_json_of_another_version_is_refused() -> None:
     plain = tiny_spec().to_json()
-    for change in ({"new": 1}, {"backbone": {**plain["backbone"], "new": 1}}, {"rules": [{"kind": "factor"}]}):
+    for change in (
+        {"new": 1},
+        {"backbone": {**plain["backbone"], "new": 1}},
+        {"rules": [{"kind": "factor"}]},
+        {"where": "beside"},
+        {"bridge": "cubic"},
+    ):
         with pytest.raises(WeightsError, match="does not match this version"):
             CompressorSpec.from_json({**plain, **change})
 
@@ -81,8 +89,10 @@ def test_a_json_of_the_first_version_means_what_that_version_computed() -> None:
     assert CompressorSpec.from_json(plain) == spec
 
 
-def test_the_config_names_exactly_the_strategies_that_there_are() -> None:
+def test_the_config_names_exactly_the_choices_that_there_are() -> None:
     assert sorted(get_args(PoolingStrategy)) == sorted(STRATEGIES)
+    hints = get_type_hints(PoolingConfig), get_type_hints(BridgeConfig)
+    assert (get_args(hints[0]["where"]), get_args(hints[1]["kind"])) == (get_args(Where), get_args(BridgeKind))
 
 
 def test_a_compressor_is_built_as_its_spec_says() -> None:

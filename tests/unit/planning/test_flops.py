@@ -118,6 +118,7 @@ def _passes(flops: StepFlops) -> tuple[Operations, ...]:
         pytest.param({}, 0, False, id="bridge and markers only"),
         pytest.param({"pooled_queries": False}, None, True, id="keys are pooled too"),
         pytest.param({"where": "between"}, None, True, id="pooled after attention"),
+        pytest.param({"where": "after"}, None, True, id="pooled after the layer"),
         pytest.param({"rules": (GroupRule("factor", 2),) * 2, "causal": True}, None, True, id="two poolings, causal"),
         pytest.param({"rules": (), "memory_tokens": 2}, 1, False, id="memory tokens below frozen layers"),
         pytest.param({"bridge": "linear"}, None, True, id="a bridge of one linear"),

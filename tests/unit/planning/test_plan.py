@@ -302,14 +302,16 @@ def test_the_slowest_link_decides() -> None:
         ("one_gpu_80gb", Machine("h100-80", 1)),
         ("one_host_8x80gb", Machine("h100-80", 8)),
         ("hosts_16x8x80gb", Machine("h100-80", 128, 16)),
+        *((f"baselines/{name}_llama31_8b", Machine("h100-80", 8)) for name in ("icae", "icae_finetune")),
+        *((f"baselines/{name}_llama31_8b", Machine("h100-80", 8)) for name in ("xrag", "xrag_finetune")),
     ],
     ids=lambda value: value if isinstance(value, str) else value.gpu,
 )
-def test_a_recipe_fits_the_machine_in_its_name(
+def test_a_recipe_fits_the_machine_in_its_name_or_comment(
     recipe: str, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    for name in ("MODELS", "SHARDS", "RUNS"):
+    for name in ("MODELS", "SHARDS", "RUNS", "START"):
         monkeypatch.delenv(name, raising=False)
     config = load_for_plan(ROOT / "ds_configs" / "recipes" / f"{recipe}.yaml", ())
     plan = make_plan(config, read_model(with_published_sizes(config, tmp_path)[0]), machine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from arc_ds.batch.packing import PoolingSpec, pack
-from arc_ds.batch.segments import Sample, Segment
+from arc_ds.batch.segments import Sample, Segment, TokenIds
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.protocol import CLEAN, REFERENCE
 from arc_ds.evaluation.protocol import Protocol as EvalProtocol
@@ -138,6 +139,31 @@ def test_the_nll_of_an_answer_depends_on_the_context(ceped: Path, tokenizer: Tok
     assert found[1] == system.answer_nll(prompts[1:], ["stone"])[0]
 
 
+@pytest.mark.parametrize("rest", [REST, REST + "\n", ""])
+def test_the_ids_of_an_answer_are_those_after_the_prompt(ceped: Path, tokenizer: Tokenizer, rest: str) -> None:
+    prompt = dataclasses.replace(make_prompt(1), parts=("Story:\n", Document(STORY.strip()), rest))
+    before = f"Story:\n{STORY.strip()}{rest}"
+    whole = tokenizer.encode(before + ("" if rest.endswith("\n") else " ") + "by the sea")
+    assert build(ceped)._answer_ids(prompt, "by the sea") == TokenIds(whole[len(tokenizer.encode(before)) :])
+
+
+def test_several_documents_are_divided_together(ceped: Path, tokenizer: Tokenizer) -> None:
+    first, last = STORY * 3, STORY * 2
+    prompt = dataclasses.replace(make_prompt(1), parts=("Story:\n", Document(first), "\n\n", Document(last), REST))
+    (answer,) = build(ceped).answer([prompt])
+    num_first, num_last = (len(tokenizer.encode(text)) for text in (first, last))
+    assert num_first > num_last
+    assert (
+        answer.lengths.items()
+        >= {
+            "prompt_rows": SIZES.input - prompt.max_new_tokens,
+            "open_book_rows": 1 + len(tokenizer.encode(f"Story:\n{first}\n\n{last}{REST}")),
+            "document_decoder_tokens": num_first + num_last,
+            "last_document_decoder_tokens": num_last,
+        }.items()
+    )
+
+
 def test_the_reference_samples_summaries_of_govreport_alone(ceped: Path) -> None:
     sample = EvalSample(id="s", task="govreport", passages=(STORY,), references=("by the sea",))
     summary = EvalPrompt(sample=sample, parts=("Report:\n", Document(STORY * 6), REST), max_new_tokens=12, stop=())
@@ -145,7 +171,10 @@ def test_the_reference_samples_summaries_of_govreport_alone(ceped: Path) -> None
     answers = {name: build(ceped, p, split="clean").answer([summary, question]) for name, p in PROTOCOLS.items()}
     assert answers["clean"][0].raw != answers["reference"][0].raw
     assert answers["clean"][1] == answers["reference"][1]
-    assert build(ceped, REFERENCE, split="clean").answer([summary]) == answers["reference"][:1]
+    system = build(ceped, REFERENCE, split="clean")
+    assert system.answer([summary]) == answers["reference"][:1]
+    sampling = system._sampling(summary)
+    assert sampling is not None and (sampling.temperature, sampling.top_p) == (1.0, 0.95)
 
 
 def test_an_answer_ends_at_its_stop(ceped: Path) -> None:
@@ -156,16 +185,17 @@ def test_an_answer_ends_at_its_stop(ceped: Path) -> None:
     assert cut.stop == "string" and cut.text == whole.raw[: whole.raw.index(stop)].strip()
 
 
-def test_a_question_beyond_the_budget_is_refused_and_exceeds_max_rows(ceped: Path) -> None:
-    system = build(ceped)
-    question = EvalPrompt(
-        sample=make_prompt(1).sample, parts=("Story:\n", Document(STORY), REST * 4), max_new_tokens=8, stop=()
-    )
-    assert system.max_rows is not None and system.num_rows(question) + 8 > system.max_rows
-    with pytest.raises(DataError, match="text after the documents of s0 and 8 new tokens exceed input_tokens 80"):
-        system.answer([question])
+def test_a_question_beyond_the_budget_is_refused_and_exceeds_max_rows(ceped: Path, tokenizer: Tokenizer) -> None:
+    prompt, before = make_prompt(2), "Story:\n" + STORY * 2
+    needed = 1 + len(tokenizer.encode(before + REST)) - len(tokenizer.encode(before)) + 8
+    assert build(ceped, input_tokens=needed).answer([prompt])[0].lengths["prompt_rows"] == needed - 8
+    system = build(ceped, input_tokens=needed - 1)
+    assert system.max_rows is not None and system.num_rows(prompt) + 8 > system.max_rows
+    with pytest.raises(DataError, match="text after the documents of s0 and 8 new tokens exceed input_tokens"):
+        system.answer([prompt])
 
 
 def test_more_tokens_than_positions_are_refused(ceped: Path) -> None:
+    assert build(ceped, input_tokens=256).max_rows == 256
     with pytest.raises(ConfigError, match="input_tokens is 257, but the decoder of .* has 256 positions"):
         build(ceped, input_tokens=257)

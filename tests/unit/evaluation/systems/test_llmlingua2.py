@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import string
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import tiktoken.load
 import torch
+from tiktoken_ext import openai_public
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaForTokenClassification
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaForTokenClassification,
+    XLMRobertaModel,
+)
 
 from arc_ds import ArcModel
 from arc_ds.errors import ConfigError, DataError, WeightsError
@@ -23,7 +33,15 @@ from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
 from arc_ds.evaluation.systems import KINDS
 from arc_ds.evaluation.systems import llmlingua2 as room
 from arc_ds.evaluation.systems.kind import SystemSettings
-from arc_ds.evaluation.systems.llmlingua2 import Word, cl100k_counter, cl100k_file, keep_words, llmlingua2, words_of
+from arc_ds.evaluation.systems.llmlingua2 import (
+    Word,
+    cl100k_counter,
+    cl100k_file,
+    cut_pieces,
+    keep_words,
+    llmlingua2,
+    words_of,
+)
 
 WORDS = (
     *("the", "cat", "Paris", "is", "a", "city", "on", "river", "Seine", "München", "größe", "Москва", "столица"),
@@ -43,6 +61,7 @@ WORDS = (
         "🙂",
     ),
 )
+CPU = torch.device("cpu")
 UNKNOWN = "☃"  # no token of the vocabulary
 BLANK = " "  # its pieces have no tokens, for which the package finds no threshold
 EDGES = (
@@ -86,12 +105,12 @@ def texts() -> list[str]:
     """200 texts of 1 to 300 words with punctuation, and the edge cases among them."""
     draw = random.Random(16)
     found = list(EDGES)
-    while len(found) < 200:
+    while len(found) < 199:
         words = draw.choices(WORDS, k=int(300 ** draw.random()))
         ends = draw.choices(["", ".", ",", "?", "\n"], weights=[12, 2, 2, 1, 1], k=len(words))
         text = " ".join(word + end for word, end in zip(words, ends, strict=True))
         found += [text] if text not in found else []
-    return found
+    return [*found, "city <pad> ( compressed"]  # the classifier sees a literal "<pad>", unlike padding
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +185,7 @@ def ours(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, fl
         return found
 
     monkeypatch.setattr(room, "keep_words", watched)
-    by_rate = {rate: llmlingua2(classifier, rate=rate, count_tokens=count) for rate in (0.5, 0.25)}
+    by_rate = {rate: llmlingua2(classifier, rate=rate, count_tokens=count, device=CPU) for rate in (0.5, 0.25)}
 
     def select(text: str, rate: float) -> Selection:
         kept.clear()
@@ -181,7 +200,7 @@ def test_the_ends_that_the_model_knows(
 ) -> None:
     from llmlingua import prompt_compressor
 
-    compress = llmlingua2(classifier, rate=0.5, count_tokens=count, ends="model")
+    compress = llmlingua2(classifier, rate=0.5, count_tokens=count, device=CPU, ends="model")
     some = [text for text in texts()[:40] if text != BLANK]
     assert any(compress(text, "") != library(text, 0.5).text for text in some)
     repaired = partial(prompt_compressor.TokenClfDataset, model_name="xlm-roberta-large")
@@ -220,7 +239,7 @@ def test_a_wrong_variant_keeps_other_words(
     classifier: Path, library: Callable[[str, float], Selection], monkeypatch: pytest.MonkeyPatch, name: str, wrong: Any
 ) -> None:
     monkeypatch.setattr(room, name, wrong)
-    compress = llmlingua2(classifier, rate=0.5, count_tokens=count)
+    compress = llmlingua2(classifier, rate=0.5, count_tokens=count, device=CPU)
     some = [text for text in texts()[:40] if text != BLANK]
     assert any(compress(text, "") != library(text, 0.5).text for text in some)
 
@@ -231,6 +250,11 @@ def test_a_word_weighs_as_many_tokens_as_it_has() -> None:
     assert keep_words(words, 0.5, len) == []  # the long word itself is the threshold
     certain = [word._replace(probability=np.float32(1.0)) for word in words]
     assert keep_words(certain, 0.5, len) == [word.text for word in words]
+
+
+def test_a_full_stop_that_starts_a_piece_does_not_end_it() -> None:
+    assert [len(piece) for piece in cut_pieces([".", *["a"] * 600, ".", "a"])] == [511, 92]
+    assert [len(piece) for piece in cut_pieces(["a", ".", *["a"] * 600])] == [2, 511, 89]
 
 
 def test_words_begin_at_marks_and_punctuation() -> None:
@@ -248,42 +272,61 @@ def test_without_its_file_the_counter_says_where_to_put_it(tmp_path: Path, monke
     assert str(cl100k_file()) in str(error.value)
     cl100k_file().write_bytes(b"the file")  # tiktoken finds it there
     assert tiktoken.load.read_file_cached(address) == b"the file"
+    with pytest.raises(ConfigError, match="is damaged"):
+        cl100k_counter()
+    assert cl100k_file().exists()
+    monkeypatch.setattr(room, "_CL100K_SHA256", hashlib.sha256(b"the file").hexdigest())
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _name: SimpleNamespace(encode_ordinary=str.split))
+    assert cl100k_counter()("two words") == 2
 
 
-@pytest.mark.parametrize("rate", [0.0, 1.0, 2.0, float("nan")])
-def test_a_rate_out_of_range_is_refused(classifier: Path, rate: float) -> None:
-    with pytest.raises(ConfigError, match="above 0 and below 1"):
-        llmlingua2(classifier, rate=rate, count_tokens=count)
+def test_the_file_and_its_digest_are_those_of_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda url, expected_hash: (url, expected_hash))
+    assert openai_public.cl100k_base()["mergeable_ranks"] == (room._CL100K, room._CL100K_SHA256)
 
 
 def test_other_folders_are_refused(classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"config\.json does not exist"):
-        llmlingua2(tmp_path, rate=0.5, count_tokens=count)
-    config = XLMRobertaConfig.from_pretrained(classifier, num_labels=3)
-    XLMRobertaForTokenClassification(config).save_pretrained(tmp_path)
-    PreTrainedTokenizerFast.from_pretrained(classifier).save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="with 3 classes"):
-        llmlingua2(tmp_path, rate=0.5, count_tokens=count)
+        llmlingua2(tmp_path, rate=0.5, count_tokens=count, device=CPU)
+    config = XLMRobertaConfig.from_pretrained(classifier)
+    more_classes = XLMRobertaConfig.from_pretrained(classifier, num_labels=3)
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    others = {
+        "xlm-roberta with 3 classes": XLMRobertaForTokenClassification(more_classes),
+        "xlm-roberta with 2 classes, without classifier.bias, classifier.weight": XLMRobertaModel(config),
+        "bert with 2 classes": BertForTokenClassification(BertConfig(num_attention_heads=2, **sizes)),
+    }
+    for number, (found, other) in enumerate(others.items()):
+        folder = tmp_path / str(number)
+        other.save_pretrained(folder)
+        PreTrainedTokenizerFast.from_pretrained(classifier).save_pretrained(folder)
+        with pytest.raises(WeightsError, match=f"holds a {found}"):
+            llmlingua2(folder, rate=0.5, count_tokens=count, device=CPU)
 
 
 def test_a_lone_surrogate_is_refused(classifier: Path) -> None:
     with pytest.raises(DataError):
-        llmlingua2(classifier, rate=0.5, count_tokens=count)("bad \ud800 text", "")
+        llmlingua2(classifier, rate=0.5, count_tokens=count, device=CPU)("bad \ud800 text", "")
 
 
 def test_the_kind_reads_documents_shortened(
     classifier: Path, folder: Path, model: ArcModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "cl100k_counter", lambda: count)
-    kind, device = KINDS["llmlingua2"], torch.device("cpu")
-    section = kind.section(decoder=str(folder / "decoder"), classifier=str(classifier), rate=0.5)
-    settings = SystemSettings(name="words", protocol=CLEAN, seed=0, device=device, dtype=torch.float32)
+    kind = KINDS["llmlingua2"]
+    section = kind.section(decoder=str(folder / "decoder"), classifier=str(classifier), rate=0.25, ends="model")
+    settings = SystemSettings(name="words", protocol=CLEAN, seed=0, device=CPU, dtype=torch.float32)
     system = kind.build(section, settings)
     text = "The tower was built in 1889 for a fair. It stands on the river."
     sample = EvalSample(id="q", task="squad", passages=(text,), references=("1889",))
     parts = ("Document: ", Document(text), "\nAnswer:")
     (answer,) = system.answer([EvalPrompt(sample=sample, parts=parts, max_new_tokens=5, stop=())])
-    kept = llmlingua2(classifier, rate=0.5, count_tokens=count)(text, "")
+    options = {"count_tokens": count, "device": CPU}
+    shorten = llmlingua2(classifier, rate=0.25, ends="model", **options)
+    kept = shorten(text, "")
+    assert kept not in {llmlingua2(classifier, rate=rate, **options)(text, "") for rate in (0.25, 0.5)}
+    monkeypatch.setattr(room, "_classify", None)  # another question on the document needs no classifier
+    assert shorten(text, "Which river?") == kept
     assert 0 < len(kept) < len(text)
     assert [answer.raw] == model.generate([f"Document: {kept}\nAnswer:"], max_new_tokens=5)
-    assert system.describe().items() >= {"kind": "llmlingua2", "rate": 0.5, "ends": "library"}.items()
+    assert system.describe().items() >= {"kind": "llmlingua2", "rate": 0.25, "ends": "model"}.items()

@@ -150,7 +150,7 @@ def test_the_order_of_normalisation_counts() -> None:
     assert [metrics.normalize_answer(text).split() for text in _ADVERSARIAL] == list(map(squad_words, _ADVERSARIAL))
 
 
-@pytest.mark.parametrize(("task", "oracle"), [("hotpotqa", hotpotqa_f1), ("squad2", squad2_f1)])
+@pytest.mark.parametrize(("task", "oracle"), [("hotpotqa:dev", hotpotqa_f1), ("squad2", squad2_f1)])
 def test_f1_has_the_rule_of_its_task(task: str, oracle: Callable[[str, str], float]) -> None:
     pairs = [
         (one, other) for one in (*_ADVERSARIAL, "yes it is", "no.") for other in (*_ADVERSARIAL, "yes it is", "no.")
@@ -158,6 +158,15 @@ def test_f1_has_the_rule_of_its_task(task: str, oracle: Callable[[str, str], flo
     ours = [sample_stats("f1", Answer(task, one, [other]))[0] for one, other in pairs]
     assert ours == [oracle(one, other) for one, other in pairs]
     assert ours != [squad_f1(one, other) for one, other in pairs]
+
+
+def test_silence_answers_an_unanswerable_question_of_squad2() -> None:
+    pairs = {("", "unanswerable"): 1, ("Unanswerable.", ""): 1, ("the", "unanswerable"): 1, ("Rome", "unanswerable"): 0}
+    for task, by_rule in (("squad2", 1), ("squad2:dev", 1), ("squad", 0)):
+        for (prediction, reference), score in pairs.items():
+            for metric in ("em", "f1"):
+                found = sample_stats(metric, Answer(task, prediction, [reference]))  # type: ignore[arg-type]
+                assert found == (score * by_rule, 1.0)
 
 
 def test_rouge_l_is_that_of_rouge_score_with_the_stemmer() -> None:

@@ -206,8 +206,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     is_empty = True
     try:
         with path.open("rb") as file:
-            check_is_utf8(file.read(HEAD), str(path), DataError)
-            file.seek(0)
+            check_is_utf8(file.peek(HEAD)[:HEAD], str(path), DataError)
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:

@@ -263,6 +263,17 @@ def test_training_seeds_are_one_system(tmp_path, folders):
     assert [row["answers"].value for row in counts] == [40, 60, 120, 180]
 
 
+def test_sampled_answers_are_one_sample(tmp_path, folders):
+    (arc,) = read_systems([folders[2]])
+    answers = arc.seeds[0].predictions
+    sampled = [*answers, *(replace(each, seed=each.seed + 1, prediction="nothing") for each in answers)]
+    (tmp_path / "sampled.jsonl").write_text("".join(f"{prediction_line(each)}\n" for each in sampled))
+    made = make_report(read_systems([folders[0], str(tmp_path / "sampled.jsonl")]), num_draws=DRAWS)
+    first = {(each.task, each.id): each.prediction for each in answers}
+    assert made.samples and all(each.prediction == first[each.task, each.id] for each in made.samples)
+    assert made.systems[1].scores["nq"]["em"].n == 40
+
+
 def test_counts_of_stops_and_skipped_samples_are_shown(tmp_path):
     folder = fake_results(tmp_path / "open", OPEN, {"hotpotqa": 40})
     row = rows_of(count_table(make_report(read_systems([str(folder)]), num_draws=DRAWS)))[0]

@@ -56,10 +56,11 @@ def test_quantiles_of_student_are_those_of_scipy() -> None:
 
 
 def test_few_clusters_have_wider_intervals() -> None:
-    draws = np.random.default_rng(0).normal(size=10_000)
-    intervals = [percentile_interval(draws, num) for num in (10, 50, 10**6)]
-    assert intervals[0][0] < intervals[1][0] < intervals[2][0] and intervals[0][1] > intervals[1][1] > intervals[2][1]
-    assert intervals[2] == pytest.approx(np.percentile(draws, (2.5, 97.5)), rel=1e-4)
+    """Draws of a normal distribution have the error of a variance without Bessel's correction."""
+    draws = scipy.stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
+    for num in (10, 50, 10**6):
+        reach = (num / (num - 1)) ** 0.5 * scipy.stats.t.ppf(0.975, num - 1)
+        assert percentile_interval(draws, num) == pytest.approx((-reach, reach), rel=1e-3)
     assert np.isnan(uncertainty(0.0, [(draws, 50), (draws, 1)])).all()
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -287,7 +286,7 @@ def parse_prediction(record: Mapping[str, Any], where: str) -> Prediction:
         if isinstance(text, str):
             check_encodable(text, f"{where}: a text")
     if (nll := values.get("nll")) is not None and not _is_nll(nll):
-        raise DataError(f'{where}: \'nll\' is {nll}; expected {{"nats": number, "tokens": number > 0}}. Correct it.')
+        raise DataError(f'{where}: \'nll\' is {nll}; expected {{"nats": -log p, "tokens": number > 0}}. Correct it.')
     if wrong := [name for name, count in values.get("lengths", {}).items() if not _is_number(count)]:
         raise DataError(f"{where}: {wrong[0]!r} in 'lengths' is {values['lengths'][wrong[0]]!r}; expected a number.")
     others = {name: value for name, value in record.items() if name not in _REQUIRED and name not in _OPTIONAL}
@@ -305,11 +304,11 @@ def _checked(value: Any, name: str, types: tuple[type, ...], where: str) -> Any:
 
 def _is_nll(nll: Mapping[str, Any]) -> bool:
     values = [nll.get(name) for name in ("nats", "tokens")]
-    return all(map(_is_number, values)) and values[1] > 0  # type: ignore[operator]
+    return all(map(_is_number, values)) and values[0] > -1e-3 and values[1] > 0  # type: ignore[operator]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < 1e300  # false for NaN, too
 
 
 def write_results(folder: Path, predictions: Iterable[Prediction], run: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,9 @@ def test_a_difference_is_paired() -> None:
     assert found.value == pytest.approx((y - x).mean()) and found.value > 2
     assert found.stderr == pytest.approx((y - x).std(ddof=1) / 300**0.5, rel=1e-6)
     assert found.detectable == pytest.approx(scipy.stats.t.ppf((0.975, 0.8), 299).sum() * found.stderr, rel=1e-5)
-    assert (found.high - found.low) / 3.92 == pytest.approx(found.stderr, rel=0.1)
+    assert (found.high - found.low) / 3.92 == pytest.approx(
+        found.stderr, rel=0.1
+    ) and found.low < found.value < found.high
     apart = [score_system(system(lines)).by_task["squad"]["em"].stderr for lines in (first, second)]
     assert found.stderr < 0.5 * np.hypot(*apart)  # pairs matter
     only_second = int(((y > 0) & (x == 0)).sum())
@@ -66,22 +69,22 @@ def test_equal_systems_do_not_differ() -> None:
 
 def test_bleu_flips_whole_sentences_of_all_directions() -> None:
     groups = ["eng-fra", "eng-deu"]
-    first, second = translations(8, groups, 0.7), translations(8, groups, 0.7)
-    first = [replace(line, prediction=line.references[0]) if i % 8 == 0 else line for i, line in enumerate(first)]
-    second = [replace(line, prediction=line.references[0]) if 1 <= i % 8 < 4 else line for i, line in enumerate(second)]
+    first, state = translations(5, groups, 0.9), random.Random(1)
+    words = [line.references[0].split() for line in first]
+    second = [
+        replace(line, prediction=" ".join(word for word in each if state.random() < 0.8))
+        for line, each in zip(first, words, strict=True)
+    ]
     found = compared(system(first), system(second)).by_task["flores"]["bleu"]
     values = []  # of all exchanges of sentences, scored anew
-    for mask in range(16):  # the other four sentences are equal in both
-        pairs = [
-            (b, a) if i % 8 < 4 and mask >> i % 8 & 1 else (a, b)
-            for i, (a, b) in enumerate(zip(first, second, strict=True))
-        ]
+    for mask in range(32):
+        pairs = [(b, a) if mask >> i % 5 & 1 else (a, b) for i, (a, b) in enumerate(zip(first, second, strict=True))]
         scores = [
             score_system(system(list(lines)), 2).by_task["flores"]["bleu"].value for lines in zip(*pairs, strict=True)
         ]
         values.append(scores[1] - scores[0])
     oracle = np.mean(np.abs(values) >= abs(values[0]) - 1e-9)
-    assert found.p == pytest.approx(oracle) and 1 / 8 < oracle < 1 and found.value == pytest.approx(values[0])
+    assert found.p == pytest.approx(oracle) and 1 / 16 < oracle < 1 and found.value == pytest.approx(values[0])
 
 
 def test_p_values_are_adjusted_for_the_number_of_tasks() -> None:
@@ -95,12 +98,14 @@ def test_p_values_are_adjusted_for_the_number_of_tasks() -> None:
     assert found.average.stderr == pytest.approx(np.hypot(ps[0].stderr, ps[1].stderr) / 2, rel=0.05)
 
 
-def test_seeds_of_both_systems_are_drawn_apart() -> None:
+def test_the_spread_of_the_seeds_of_both_systems_counts() -> None:
     seeds = [questions(150, share, seed=i) for i, share in enumerate((0.3, 0.5, 0.6))]
     better = [improved(lines, 8) for lines in seeds]
     one = compared(system(seeds[0]), system(better[0])).by_task["squad"]["em"]
     three = compared(system(*seeds), system(*better)).by_task["squad"]["em"]
     assert three.stderr > 3 * one.stderr and three.test == "sign-flip"
+    apart = [score_system(system(*each)).by_task["squad"]["em"].seed_sd or 0.0 for each in (seeds, better)]
+    assert three.stderr > np.hypot(*apart) / 3**0.5
     assert three.low < three.value < three.high
 
 
@@ -197,3 +202,6 @@ def test_digests_of_other_tasks_do_not_matter() -> None:
 def test_results_of_other_programs_need_no_digest_and_no_protocol() -> None:
     ours = file(LINES, "a", data_digest="1", protocol={"bleu_lowercase": True})
     assert compared(ours, file(LINES, "b")).by_task["squad"]["em"].value == 0
+    lines = [replace(line, prediction=line.prediction.upper()) for line in translations(20, [""], 0.9)]
+    found = compared(system(lines), system(lines, run={"protocol": {"bleu_lowercase": True}})).by_task["flores"]
+    assert found["bleu"].first == found["bleu"].second > 50

@@ -23,7 +23,7 @@ _ADVERSARIAL = (
     "noanswer", "no answer", "1,000", "1 000", "12.5%", "$12", "Zürich", "Zu\u0308rich", "ΑΣ", "ας", "İstanbul",
     "straße", "STRASSE", "ﬁne", "日本", "日 本", "e\u0301", "\u00a0x\u00a0", "x\ny", "don't", "dont", "(a) b", "_",
     "__init__", "the\u0301", "🙂 ok", "ran running runs", "cats and dogs", "Cats, and Dogs!", "a b c d e", "e d c b a",
-    '"quoted"', "&quot;", "x-ray", "xray",
+    '"quoted"', "&quot;", "x-ray", "xray", "≠", "=",
 )  # fmt: skip
 _WORDS = (
     "the", "a", "an", "The", "cat", "sat", "on", "mat.", "mat,", "Running", "runs", "ran", "dogs", "7", "1,000",

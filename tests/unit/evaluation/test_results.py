@@ -75,6 +75,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ({**LINE, "prediction": "\ud83d"}, "a.jsonl:2: a text holds characters that UTF-8 cannot encode"),
         ({**LINE, "nll": {"nats": 1, "tokens": 0}}, "a.jsonl:2: 'nll' is"),
         ({**LINE, "nll": {"nats": float("inf"), "tokens": 1}}, "a.jsonl:2: 'nll' is"),
+        ({**LINE, "nll": {"nats": -2.5, "tokens": 1}}, 'a.jsonl:2: .* expected {"nats": -log p'),
         ({**LINE, "lengths": [1]}, "a.jsonl:2: 'lengths' is list"),
         ({**LINE, "lengths": {"vectors": "9"}}, "a.jsonl:2: 'vectors' in 'lengths' is '9'; expected a number"),
         ({**LINE, "task": "\udc80"}, "a.jsonl:2: a text holds characters that UTF-8 cannot encode"),

@@ -124,7 +124,9 @@ def test_an_import_of_whole_lines_is_scored_like_ours(tmp_path: Path, capsys) ->
     assert file.system == "LCLM" and [line.index for line in file.predictions] == list(range(30))
     assert file.run["system"] == {"name": "LCLM", "kind": "import"} and len(file.run["source"]["sha256"]) == 64
     assert "exists already" in failure(capsys, "import", path, "--system", "LCLM", "--out", out)
-    assert main(["eval", "import", path, "--system", "x", "--out", out, "--overwrite"]) == 0
+    Path(path).write_text(Path(path).read_text().replace('"squad"', "null"))
+    assert main(["eval", "import", path, "--system", "x", "--out", out, "--overwrite", "--task", "nq"]) == 0
+    assert {line.task for line in read_results(Path(out))[0].predictions} == {"nq"}
 
 
 def test_an_import_takes_questions_from_a_reference_result(tmp_path: Path, capsys) -> None:

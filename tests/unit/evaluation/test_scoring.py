@@ -136,10 +136,14 @@ def test_an_average_draws_within_tasks() -> None:
     assert scores.average.value == pytest.approx(np.mean([score.value for score in headlines]))
     apart = np.hypot(headlines[0].stderr, headlines[1].stderr) / 2
     assert scores.average.stderr == pytest.approx(apart, rel=0.05) and scores.average.seed_sd is None
+    twice = score_system(system([*lines[:300], *(replace(line, task="nq") for line in lines[:300])])).average
+    assert twice is not None  # two tasks do not share draws
+    assert twice.high - twice.low == pytest.approx((headlines[0].high - headlines[0].low) / 2**0.5, rel=0.05)
     seeds = [replace(line, prediction="Rome") if line.task == "squad" else line for line in lines]
     three = score_system(system(lines, seeds, seeds)).average
     assert three is not None and three.seed_sd is not None
     assert three.value == pytest.approx(scores.average.value + (100 - headlines[0].value) / 3)
+    assert three.stderr > three.seed_sd / 3**0.5 and three.low < scores.average.low < scores.average.high < three.high
     assert three.seed_sd == pytest.approx((100 - headlines[0].value) / 2 / 3**0.5)
 
 

@@ -116,6 +116,7 @@ def test_many_clusters_are_drawn_in_bins(monkeypatch: pytest.MonkeyPatch) -> Non
     assert np.unique(sums[:, 1]).size > 10  # bins have two or three clusters
     assert means.std() == pytest.approx(x[:, 0].std() / 2500**0.5, rel=0.1)
     assert means.mean() == pytest.approx(x[:, 0].mean(), rel=0.02)
+    assert sign_flip_sums(x[:, 1:], "many", 1500).std() > 1.2 * 2500**0.5  # bins are flipped whole
     x[1::2, 0] *= -1
     flips = sign_flip_sums(x[:, :1], "many", 1500)
     assert flips.std() == pytest.approx(np.square(x[:, 0]).sum() ** 0.5, rel=0.1)
@@ -209,6 +210,7 @@ def test_flips_of_few_clusters_are_exact_and_of_many_close() -> None:
         ).pvalue
         assert ours == pytest.approx(oracle, abs=tolerance)
     assert permutation_p(0.0, np.zeros(9), is_exact=False) == 1.0
+    assert permutation_p(1.0, np.zeros(9), is_exact=False) == 0.1
 
 
 def test_holm_rejects_step_by_step() -> None:

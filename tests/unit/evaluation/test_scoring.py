@@ -60,6 +60,9 @@ def test_a_mean_has_the_clustered_error_of_statsmodels_and_the_interval_of_its_d
     assert (score.value, score.n, score.num_clusters) == (pytest.approx(x.mean()), 300, 100)
     assert score.stderr == pytest.approx(fit.bse[0], rel=1e-9)
     assert (score.high - score.low) / 3.92 == pytest.approx(fit.bse[0], rel=0.05)
+    names = [line.cluster for line in sorted(lines, key=lambda line: line.id)]
+    places = scores.stats["squad"].clusters_N  # their order fixes the draws
+    assert np.array_equal(places, np.unique(names, return_inverse=True)[1])
     alone = score_system(system([replace(line, cluster="") for line in lines])).by_task["squad"]["em"]
     assert alone.num_clusters == 300 and alone.stderr < 0.9 * score.stderr
     assert list(scores.by_task["squad"]) == ["em", "f1", "substring", "approx_em"] and scores.average is None
@@ -89,6 +92,12 @@ def test_groups_of_a_mean_have_the_clustered_error_of_their_mean() -> None:
     x = np.array([100.0 * (line.prediction != "x") for line in lines])
     fit = OLS(x, np.ones(120)).fit(cov_type="cluster", cov_kwds={"groups": np.arange(120) % 60})
     assert score.stderr == pytest.approx(fit.bse[0], rel=1e-9)
+
+
+def test_draws_without_a_group_count_the_others() -> None:
+    lines = [replace(line, group="rare" if i < 2 else "") for i, line in enumerate(translations(12, [""], 0.8))]
+    score = score_system(system(lines)).by_task["flores"]["chrf"]
+    assert 0 < score.low < score.value < score.high < 100
 
 
 def test_groups_see_the_same_drawn_sentences() -> None:

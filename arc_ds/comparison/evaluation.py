@@ -33,12 +33,12 @@ def paired_table(folders: Sequence[Path]) -> Table:
         )
     first, *others = systems
     rows = []
-    for other in others:
-        for task, metrics in compare_systems(first, other).by_task.items():
+    for comparison in compare_systems(first, *others):
+        for task, metrics in comparison.by_task.items():
             for metric, found in metrics.items():
                 rows.append(
                     (
-                        Cell(other.name, other.name),
+                        Cell(comparison.second, comparison.second),
                         Cell(task, task),
                         Cell(metric, metric),
                         number_cell(found.first),

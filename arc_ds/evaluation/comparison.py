@@ -5,19 +5,19 @@ exact match of single samples; otherwise signs of whole clusters are flipped, wh
 them. P-values of the headline metrics are adjusted for the number of tasks by Holm's method.
 
 Intervals of three or more training seeds include the spread of seeds. Tests take the mean over seeds of each answer's
-statistics: they are tests on questions.
+statistics: they hold for these seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from arc_ds.errors import DataError
-from arc_ds.evaluation.metrics import is_mean
+from arc_ds.evaluation.metrics import bounds_of, is_mean
 from arc_ds.evaluation.results import ResultFile, SystemResults
 from arc_ds.evaluation.scoring import (
     TaskStats,
@@ -29,23 +29,31 @@ from arc_ds.evaluation.scoring import (
     mean_of_groups,
     score_draws,
     seed_scores,
-    stderr_of,
     system_stats,
+    with_clusters,
 )
 from arc_ds.evaluation.statistics import (
-    DETECTABLE,
     NUM_DRAWS,
+    clustered_stderr,
     holm,
     is_exact_flip,
     mcnemar_p,
-    percentile_interval,
     permutation_p,
     sign_flip_sums,
+    uncertainty,
 )
 from arc_ds.evaluation.task import Metric
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+class _Pair(NamedTuple):
+    """Two systems in one task, and their drawn differences."""
+
+    ours: TaskStats
+    theirs: TaskStats
+    draws_R: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +63,12 @@ class Difference:
     first: score of the first system.
     second: score of the other system.
     value: second - first.
-    low, high: 95% interval of the difference, by bootstrap over clusters; NaN for one cluster.
-    n: number of samples.
+    low, high: 95% interval of the difference (`statistics.uncertainty`); NaN for one cluster.
+    n: number of questions.
     num_clusters: number of clusters.
     stderr: standard error of the difference.
-    detectable: smallest difference that is found in 80% of experiments of this size, 2.8 standard errors.
+    detectable: smallest difference that is found in 80% of experiments of this size: 2.8 standard errors, more for few
+        clusters or seeds; NaN if both systems have equal scores in all draws.
     p: two-sided p-value.
     test: "mcnemar" or "sign-flip"; "bootstrap" for an average over tasks, which has no p-value.
     p_holm: the p-value, adjusted over tasks; None for metrics that are not the headline.
@@ -95,15 +104,18 @@ class Comparison:
     average: Difference | None
 
 
-def compare_systems(first: SystemResults, second: SystemResults, num_draws: int = NUM_DRAWS) -> Comparison:
-    """Compare two systems. Raises DataError, with the difference, if their data or protocols differ."""
-    check_comparable(first, second)
-    lowercase = is_bleu_lowercase(first, second)
-    ours, theirs = (system_stats(each, bleu_lowercase=lowercase) for each in with_clusters(first, second))
-    # "first" and "second" draw their seeds apart: the seeds of two systems are not paired.
-    our_draws = {task: score_draws(each, num_draws, seeds_key="first") for task, each in ours.items()}
-    their_draws = {task: score_draws(each, num_draws, seeds_key="second") for task, each in theirs.items()}
-    return compare_stats(first.name, second.name, ours, theirs, our_draws, their_draws)
+def compare_systems(first: SystemResults, *others: SystemResults, num_draws: int = NUM_DRAWS) -> list[Comparison]:
+    """Compare systems with the first one. Raises DataError, with the difference, if their data or protocols differ."""
+    for other in others:
+        check_comparable(first, other)
+    systems = with_clusters(first, *others)
+    lowercase = is_bleu_lowercase(*systems)
+    ours, *all_theirs = (system_stats(each, bleu_lowercase=lowercase) for each in systems)
+    draws = [{task: score_draws(each, num_draws) for task, each in stats.items()} for stats in (ours, *all_theirs)]
+    return [
+        compare_stats(first.name, other.name, ours, theirs, draws[0], their_draws)
+        for other, theirs, their_draws in zip(others, all_theirs, draws[1:], strict=True)
+    ]
 
 
 def compare_stats(
@@ -121,17 +133,17 @@ def compare_stats(
     our_draws, their_draws: `score_draws` by task.
     """
     found: dict[str, dict[Metric, Difference]] = {}
-    headline_draws = []
+    pairs: list[_Pair] = []
     for task in (task for task in ours if task in theirs):
         draws = {m: their_draws[task][m] - our_draws[task][m] for m in our_draws[task] if m in their_draws[task]}
         found[task] = {metric: _difference(ours[task], theirs[task], metric, each) for metric, each in draws.items()}
-        headline_draws.append(draws[ours[task].headline])
+        pairs.append(_Pair(ours[task], theirs[task], draws[ours[task].headline]))
     headlines = [next(iter(metrics.values())) for metrics in found.values()]
     adjusted = dict(zip(found, holm([each.p or 0.0 for each in headlines]), strict=True))
     for task, p_holm in adjusted.items():
         metric = ours[task].headline
         found[task][metric] = replace(found[task][metric], p_holm=p_holm)
-    average = _average(headlines, headline_draws) if len(found) > 1 else None
+    average = _average(pairs) if len(found) > 1 else None
     return Comparison(first=first, second=second, by_task=found, average=average)
 
 
@@ -153,23 +165,6 @@ def check_comparable(first: SystemResults, second: SystemResults) -> None:
                     f"{names}: their data digests of task {task!r} are {ours} and {theirs}. Evaluate both on the same "
                     "files."
                 )
-
-
-def with_clusters(*systems: SystemResults) -> list[SystemResults]:
-    """The systems with the clusters and groups of the first file that states them; others may have none."""
-    files = [file for system in systems for file in system.seeds]
-    known = {
-        (each.task, each.id): (each.cluster, each.group)
-        for file in reversed(files)
-        for each in file.predictions
-        if each.cluster or each.group
-    }
-
-    def completed(file: ResultFile) -> ResultFile:
-        pairs = [(each, *known.get((each.task, each.id), ("", ""))) for each in file.predictions]
-        return replace(file, predictions=tuple(replace(each, cluster=c, group=g) for each, c, g in pairs))
-
-    return [replace(system, seeds=tuple(map(completed, system.seeds))) for system in systems]
 
 
 def _digests(*files: ResultFile) -> dict[str, list[str | None]]:
@@ -194,24 +189,28 @@ def _protocol_differences(one: ResultFile, other: ResultFile) -> list[str]:
 
 def _difference(ours: TaskStats, theirs: TaskStats, metric: Metric, draws_R: NDArray[np.float64]) -> Difference:
     """The difference of two systems in one metric. draws_R: drawn differences."""
-    first, second = float(seed_scores(ours, metric).mean()), float(seed_scores(theirs, metric).mean())
-    has_few_seeds = max(len(ours.by_metric[metric]), len(theirs.by_metric[metric])) < 3
-    is_closed_form = is_mean(metric) and has_few_seeds
-    stderr = stderr_of(ours, influence(theirs, metric) - influence(ours, metric) if is_closed_form else None, draws_R)
-    low, high = percentile_interval(draws_R, ours.num_clusters)
+    seeds = seed_scores(ours, metric), seed_scores(theirs, metric)
+    first, second = (float(each.mean()) for each in seeds)
+    low, high = bounds_of(metric)
+    stderr = None
+    if is_mean(metric):
+        stderr = clustered_stderr(influence(theirs, metric) - influence(ours, metric), ours.clusters_N)
     p, test = _test(ours, theirs, metric)
     return Difference(
         first=first,
         second=second,
         value=second - first,
-        low=low,
-        high=high,
         n=len(ours.clusters_N),
         num_clusters=ours.num_clusters,
-        stderr=stderr,
-        detectable=DETECTABLE * stderr,
         p=p,
         test=test,
+        **uncertainty(
+            second - first,
+            [(draws_R, ours.num_clusters)],
+            seeds=seeds,
+            stderr=stderr,
+            bounds=(low - high, high - low),
+        )._asdict(),
     )
 
 
@@ -219,7 +218,7 @@ def _test(ours: TaskStats, theirs: TaskStats, metric: Metric) -> tuple[float, st
     """The p-value of a difference and the name of its test."""
     first, second = ours.by_metric[metric], theirs.by_metric[metric]
     is_single = ours.num_clusters == len(ours.clusters_N) and ours.num_groups == len(first) == len(second) == 1
-    if metric == "em" and is_single:
+    if metric == "em" and is_single and np.isin([first[..., 0], second[..., 0]], (0, 1)).all():
         first_right, second_right = first[0, :, 0] > 0, second[0, :, 0] > 0
         return mcnemar_p(int((first_right & ~second_right).sum()), int((second_right & ~first_right).sum())), "mcnemar"
     return _sign_flip_p(ours, theirs, metric), "sign-flip"
@@ -242,20 +241,22 @@ def _sign_flip_p(ours: TaskStats, theirs: TaskStats, metric: Metric) -> float:
     return permutation_p(observed, draws_R, is_exact=is_exact_flip(ours.num_clusters))
 
 
-def _average(headlines: list[Difference], draws: list[NDArray[np.float64]]) -> Difference:
-    draws_R = np.mean(draws, axis=0)
-    low, high = percentile_interval(draws_R, min(each.num_clusters for each in headlines))
-    stderr = float(draws_R.std(ddof=1))
+def _average(pairs: Sequence[_Pair]) -> Difference:
+    """The mean of the differences in headline metrics."""
+    seeds = (
+        np.mean([seed_scores(each.ours, each.ours.headline) for each in pairs], axis=0),
+        np.mean([seed_scores(each.theirs, each.ours.headline) for each in pairs], axis=0),
+    )
+    first, second = (float(each.mean()) for each in seeds)
     return Difference(
-        first=float(np.mean([each.first for each in headlines])),
-        second=float(np.mean([each.second for each in headlines])),
-        value=float(np.mean([each.value for each in headlines])),
-        low=low,
-        high=high,
-        n=sum(each.n for each in headlines),
-        num_clusters=sum(each.num_clusters for each in headlines),
-        stderr=stderr,
-        detectable=DETECTABLE * stderr,
+        first=first,
+        second=second,
+        value=second - first,
+        n=sum(len(each.ours.clusters_N) for each in pairs),
+        num_clusters=sum(each.ours.num_clusters for each in pairs),
         p=None,
         test="bootstrap",
+        **uncertainty(
+            second - first, [(each.draws_R, each.ours.num_clusters) for each in pairs], seeds=seeds
+        )._asdict(),
     )

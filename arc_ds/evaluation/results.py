@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from arc_ds.errors import DataError
 from arc_ds.shards.records import decode_object
 from arc_ds.system.files import write_whole
-from arc_ds.system.user_files import check_downloaded, check_encodable, read_user_json
+from arc_ds.system.user_files import HEAD, check_downloaded, check_encodable, check_is_utf8, read_user_json
 
 PREDICTIONS, RUN, TIMES = "predictions.jsonl", "run.json", "times.json"
 
@@ -32,7 +32,7 @@ PREDICTIONS, RUN, TIMES = "predictions.jsonl", "run.json", "times.json"
 class Prediction:
     """One line of `predictions.jsonl`. Files of other programs need `id`, `task`, `prediction` and `references` only.
 
-    id: id of the sample, unique within task and system.
+    id: id of the question, unique within task and system. Several sampled answers to it differ in `seed`.
     task: name of a task, or "qa", "summary", "translation" for data of one's own.
     prediction: the answer.
     references: all accepted answers.
@@ -68,7 +68,7 @@ class Prediction:
     others: Mapping[str, Any] = field(default_factory=dict)
 
 
-NumberedLines = dict[tuple[str, str], tuple[int, Prediction]]  # line and prediction by task and id
+NumberedLines = dict[tuple[str, str, int], tuple[int, Prediction]]  # line and prediction by task, id and seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,11 +111,16 @@ def read_systems(arguments: Sequence[str]) -> list[SystemResults]:
 
     A file may hold several systems, told apart by the field `system`. A system is named by that field, or else by its
     file or folder; if two have the same name, they are named by their paths. Raises DataError if a file cannot be read,
-    or if a file of several seeds holds several systems.
+    if a file of several seeds holds several systems, or if one file is named as two seeds.
     """
     found: list[tuple[ResultFile, ...]] = []
     for argument in arguments:
         paths = [argument] if Path(argument).exists() else argument.split(",")
+        if len({Path(path).resolve() for path in paths if path}) < len(paths):
+            raise DataError(
+                f"{argument} names a file twice, or none between two commas; expected one file for each training seed. "
+                "Correct the list."
+            )
         files = [read_results(Path(path)) for path in paths]
         if len(files) == 1:
             found += [(file,) for file in files[0]]
@@ -177,42 +182,44 @@ def read_results(path: Path) -> list[ResultFile]:
 
 
 def add_prediction(lines: NumberedLines, prediction: Prediction, file: Path, number: int) -> None:
-    """Add a prediction to those of its system. Raises DataError if they have its task and id already.
+    """Add a prediction to those of its system. Raises DataError if they have its task, id and seed already.
 
     lines: the system's predictions of earlier lines.
     file, number: file and line, for the error.
     """
-    first = lines.setdefault((prediction.task, prediction.id), (number, prediction))
+    first = lines.setdefault((prediction.task, prediction.id, prediction.seed), (number, prediction))
     if first[0] != number:
         raise DataError(
             f"{file}:{number}: the id {prediction.id!r} of task {prediction.task!r} is on line {first[0]} already. "
-            "Remove one of both lines; lines of several systems need the field 'system'."
+            "Remove one of both lines; lines of several systems need the field 'system', and sampled answers to one "
+            "question the field 'seed'."
         )
 
 
-def read_objects(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read a JSONL file: line numbers and objects. Blank lines are skipped.
 
     Raises DataError for a file that cannot be read or has no lines, and for a line that is not a JSON object.
     """
     check_downloaded(path, DataError)
+    is_empty = True
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:
+            check_is_utf8(file.peek(HEAD)[:HEAD], str(path), DataError)
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield number, decode_object(line)
+                    except DataError as error:
+                        raise DataError(f"{path}:{number}: {error}. Repair or remove this line.") from error
+                    is_empty = False
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}. Give a JSONL file of predictions, or a folder with "
             f"{PREDICTIONS}."
         ) from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                found.append((number, decode_object(line)))
-            except DataError as error:
-                raise DataError(f"{path}:{number}: {error}. Repair or remove this line.") from error
-    if not found:
+    if is_empty:
         raise DataError(f"{path} has no lines; expected one JSON object a line. Check that its writer has finished.")
-    return found
 
 
 def read_run(folder: Path) -> Mapping[str, Any]:
@@ -275,10 +282,13 @@ def parse_prediction(record: Mapping[str, Any], where: str) -> Prediction:
             raise DataError(f"{where}: {name!r} is empty; expected a name. Write one.")
     for name in ("id", "cluster", "group"):
         values[name] = str(values.get(name, ""))
-    for text in (values["id"], values["prediction"], *references):
-        check_encodable(text, f"{where}: a text")
+    for text in (*record.values(), *references):
+        if isinstance(text, str):
+            check_encodable(text, f"{where}: a text")
     if (nll := values.get("nll")) is not None and not _is_nll(nll):
-        raise DataError(f'{where}: \'nll\' is {nll}; expected {{"nats": number, "tokens": number > 0}}. Correct it.')
+        raise DataError(f'{where}: \'nll\' is {nll}; expected {{"nats": -log p, "tokens": number > 0}}. Correct it.')
+    if wrong := [name for name, count in values.get("lengths", {}).items() if not _is_number(count)]:
+        raise DataError(f"{where}: {wrong[0]!r} in 'lengths' is {values['lengths'][wrong[0]]!r}; expected a number.")
     others = {name: value for name, value in record.items() if name not in _REQUIRED and name not in _OPTIONAL}
     return Prediction(**{**values, "references": tuple(references), "others": others})
 
@@ -294,7 +304,11 @@ def _checked(value: Any, name: str, types: tuple[type, ...], where: str) -> Any:
 
 def _is_nll(nll: Mapping[str, Any]) -> bool:
     values = [nll.get(name) for name in ("nats", "tokens")]
-    return all(isinstance(value, int | float) and value == value for value in values) and values[1] > 0  # type: ignore
+    return all(map(_is_number, values)) and values[0] > -1e-3 and values[1] > 0  # type: ignore[operator]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300  # false for NaN, too
 
 
 def write_results(folder: Path, predictions: Iterable[Prediction], run: Mapping[str, Any]) -> None:

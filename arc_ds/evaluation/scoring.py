@@ -3,25 +3,26 @@
 `task_stats` turns answers into statistics (`metrics.py`), `draw_sums` sums them over drawn clusters (`statistics.py`),
 and `score_systems` makes scores of both. The score of a task with groups, such as directions of translation, is the
 mean of its groups' scores: all groups see the same drawn clusters. With several training seeds it is the mean over
-seeds.
+seeds. Sampled answers to one question differ in the field `seed` of their lines; their statistics are averaged first.
 
-Shapes: N samples, C clusters, G groups, S training seeds, K statistics of a metric, R draws.
+Shapes: N questions, C clusters, G groups, S training seeds, K statistics of a metric, R draws.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from arc_ds.errors import DataError
-from arc_ds.evaluation.metrics import Answer, is_mean, metrics_of, sample_stats, score_of
+from arc_ds.evaluation.metrics import Answer, bounds_of, is_mean, metrics_of, sample_stats, score_of
 from arc_ds.evaluation.results import Prediction, ResultFile, SystemResults
-from arc_ds.evaluation.statistics import NUM_DRAWS, bootstrap_sums, clustered_stderr, percentile_interval, seed_weights
+from arc_ds.evaluation.statistics import NUM_DRAWS, bootstrap_sums, clustered_stderr, uncertainty
 from arc_ds.evaluation.task import Metric
 
 if TYPE_CHECKING:
@@ -35,10 +36,11 @@ class TaskStats:
     """The statistics of all answers of one system to one task, sorted by id.
 
     task: its name.
-    clusters_N: index of each sample's cluster, in the sorted order of their names.
-    groups_N: index of each sample's group, likewise.
-    by_metric: [S, N, K] for each metric; the first one is the headline.
+    clusters_N: index of each question's cluster, in the sorted order of their names.
+    groups_N: index of each question's group, likewise.
+    by_metric: [S, N, K] for each metric, means over a question's sampled answers; the first one is the headline.
     num_empty: empty answers.
+    num_blank: answers with a reference without text.
     """
 
     task: str
@@ -46,6 +48,7 @@ class TaskStats:
     groups_N: NDArray[np.intp]
     by_metric: Mapping[Metric, NDArray[np.float64]]
     num_empty: int
+    num_blank: int
 
     @property
     def headline(self) -> Metric:
@@ -68,10 +71,12 @@ class Score:
     """A score with its uncertainty, in points of 100 (nats per token for "nll").
 
     value: the score.
-    low, high: 95% interval, by bootstrap over clusters; NaN for one cluster.
-    n: number of samples.
+    low, high: 95% interval (`statistics.uncertainty`); NaN for one cluster. If all answers score 0, or all score 100,
+        it is the exact one of as many independent answers as there are clusters (Clopper and Pearson).
+    n: number of questions.
     num_clusters: number of clusters.
-    stderr: clustered standard error: in closed form for means with fewer than three seeds, else of the bootstrap.
+    stderr: clustered standard error: in closed form for means, else of the bootstrap. It includes the spread of three
+        or more training seeds.
     seed_sd: standard deviation over training seeds; None for one seed.
     """
 
@@ -91,13 +96,13 @@ class SystemScores:
     name: name of the system.
     by_task: scores by task and metric; the first metric of a task is its headline.
     average: mean of the tasks' headline scores, by drawing within tasks; None for one task.
-    num_empty: empty answers, by task.
+    stats: the statistics of its answers, by task.
     """
 
     name: str
     by_task: Mapping[str, Mapping[Metric, Score]]
     average: Score | None
-    num_empty: Mapping[str, int]
+    stats: Mapping[str, TaskStats]
 
 
 def score_system(system: SystemResults, num_draws: int = NUM_DRAWS) -> SystemScores:
@@ -108,37 +113,54 @@ def score_system(system: SystemResults, num_draws: int = NUM_DRAWS) -> SystemSco
     for task, stats in tasks.items():
         draws = score_draws(stats, num_draws)
         scores[task] = {metric: score_of_task(stats, metric, draws[metric]) for metric in stats.by_metric}
-        headlines.append((scores[task][stats.headline], draws[stats.headline]))
+        headlines.append((stats, draws[stats.headline]))
     return SystemScores(
         name=system.name,
         by_task=scores,
         average=average_of(headlines) if len(tasks) > 1 else None,
-        num_empty={task: stats.num_empty for task, stats in tasks.items()},
+        stats=tasks,
     )
 
 
-def average_of(scores: Sequence[tuple[Score, NDArray[np.float64]]]) -> Score:
-    """The mean of the scores of several tasks, each with its draws [R]."""
-    draws_R = np.mean([draws for _, draws in scores], axis=0)
-    low, high = percentile_interval(draws_R, min(score.num_clusters for score, _ in scores))
+def average_of(tasks: Sequence[tuple[TaskStats, NDArray[np.float64]]]) -> Score:
+    """The mean of the headline scores of several tasks, each with its draws [R]."""
+    seeds_S = np.mean([seed_scores(stats, stats.headline) for stats, _ in tasks], axis=0)
+    low, high = np.mean([bounds_of(stats.headline) for stats, _ in tasks], axis=0)
+    found = uncertainty(
+        float(seeds_S.mean()),
+        [(draws, stats.num_clusters) for stats, draws in tasks],
+        seeds=[seeds_S],
+        bounds=(float(low), float(high)),
+    )
     return Score(
-        value=float(np.mean([score.value for score, _ in scores])),
-        low=low,
-        high=high,
-        n=sum(score.n for score, _ in scores),
-        num_clusters=sum(score.num_clusters for score, _ in scores),
-        stderr=float(draws_R.std(ddof=1)),
+        value=float(seeds_S.mean()),
+        low=found.low,
+        high=found.high,
+        n=sum(len(stats.clusters_N) for stats, _ in tasks),
+        num_clusters=sum(stats.num_clusters for stats, _ in tasks),
+        stderr=found.stderr,
+        seed_sd=_seed_sd(seeds_S),
     )
+
+
+def _seed_sd(seeds_S: NDArray[np.float64]) -> float | None:
+    return float(seeds_S.std(ddof=1)) if len(seeds_S) > 1 else None
 
 
 def system_stats(system: SystemResults, *, bleu_lowercase: bool | None = None) -> dict[str, TaskStats]:
-    """The statistics of a system, by task. Raises DataError if its training seeds answer different questions.
+    """The statistics of a system, by task.
 
     bleu_lowercase: case of "bleu"; None: that of the system's protocol, or with case if the protocol is unknown.
+
+    Raises DataError if its training seeds answer different questions, or if sampled answers to one question do not
+    have the same references, cluster and group.
     """
+    (system,) = with_clusters(system)
     by_seed = [by_task(file.predictions) for file in system.seeds]
-    for file, tasks in zip(system.seeds[1:], by_seed[1:], strict=True):
-        check_same_questions(system.seeds[0], file, by_seed[0], tasks)
+    for file, tasks in zip(system.seeds, by_seed, strict=True):
+        _check_sampled_answers(file, tasks)
+        if file is not system.seeds[0]:
+            check_same_questions(system.seeds[0], file, by_seed[0], tasks)
     total = sum(len(file.predictions) for file in system.seeds)
     with tqdm(total=total, desc=f"scoring {system.name}", unit=" answers", disable=None, leave=False) as progress:
         if bleu_lowercase is None:
@@ -154,10 +176,40 @@ def is_bleu_lowercase(*systems: SystemResults) -> bool:
     return any(file.protocol.get("bleu_lowercase", False) for system in systems for file in system.seeds)
 
 
+def with_clusters(*systems: SystemResults) -> list[SystemResults]:
+    """The systems with all clusters and groups that one of their files states.
+
+    Raises DataError if two files state different ones for one question.
+    """
+    files = [file for system in systems for file in system.seeds]
+    known: dict[tuple[str, str], tuple[str, str]] = {}
+    if len(files) > 1:
+        for path, each in ((file.path, each) for file in files for each in file.predictions):
+            cluster, group = known.get((each.task, each.id), ("", ""))
+            found = cluster or each.cluster, group or each.group
+            if found != (each.cluster or cluster, each.group or group):
+                raise DataError(
+                    f"{path}: id {each.id!r} of task {each.task!r} has cluster {each.cluster!r} and group "
+                    f"{each.group!r}; another result has {cluster!r} and {group!r}. Evaluate all on the same data."
+                )
+            known[each.task, each.id] = found
+
+    def completed(each: Prediction) -> Prediction:
+        cluster, group = known.get((each.task, each.id), ("", ""))
+        if (cluster and not each.cluster) or (group and not each.group):
+            return replace(each, cluster=each.cluster or cluster, group=each.group or group)
+        return each
+
+    def completed_file(file: ResultFile) -> ResultFile:
+        return replace(file, predictions=tuple(map(completed, file.predictions)))
+
+    return [replace(system, seeds=tuple(map(completed_file, system.seeds))) for system in systems]
+
+
 def by_task(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
-    """Predictions by task, sorted by id."""
+    """Predictions by task, sorted by id and then by `seed`."""
     tasks: dict[str, list[Prediction]] = {}
-    for prediction in sorted(predictions, key=lambda each: each.id):
+    for prediction in sorted(predictions, key=lambda each: (each.id, each.seed)):
         tasks.setdefault(prediction.task, []).append(prediction)
     return dict(sorted(tasks.items()))
 
@@ -178,25 +230,45 @@ def check_same_questions(
             f"{names} cannot be compared: they have the tasks {', '.join(first_tasks)} and {', '.join(second_tasks)}. "
             "Name common tasks with --tasks."
         )
-    for task, ours in first_tasks.items():
-        theirs = second_tasks[task]
-        ids, other_ids = {each.id for each in ours}, {each.id for each in theirs}
-        if ids != other_ids:
+    for task, answers in first_tasks.items():
+        ours, theirs = ({each.id: each for each in found} for found in (answers, second_tasks[task]))
+        if ours.keys() != theirs.keys():
             raise DataError(
-                f"{names} cannot be compared: of task {task!r}, {_some(ids - other_ids)} only in the first one and "
-                f"{_some(other_ids - ids)} only in the second one. Evaluate both on the same questions."
+                f"{names} cannot be compared: of task {task!r}, {_some(ours.keys() - theirs.keys())} only in the first "
+                f"one and {_some(theirs.keys() - ours.keys())} only in the second one. Evaluate both on the same "
+                "questions."
             )
-        for one, other in zip(ours, theirs, strict=True):
-            for field in ("references", "cluster", "group"):
-                a, b = getattr(one, field), getattr(other, field)
-                if a and b and a != b:
-                    raise DataError(
-                        f"{names} cannot be compared: id {one.id!r} of task {task!r} has {field} {_shown(a)} in the "
-                        f"first one and {_shown(b)} in the second one. Evaluate both on the same data."
-                    )
+        for name, one in ours.items():
+            if (difference := _difference(one, theirs[name])) is not None:
+                field, a, b = difference
+                raise DataError(
+                    f"{names} cannot be compared: id {name!r} of task {task!r} has {field} {a} in the first one and "
+                    f"{b} in the second one. Evaluate both on the same data."
+                )
 
 
-def _some(ids: set[str]) -> str:
+def _check_sampled_answers(file: ResultFile, tasks: Mapping[str, Sequence[Prediction]]) -> None:
+    """Raise DataError unless all answers to a question have the same references, cluster and group."""
+    for task, answers in tasks.items():
+        for one, other in pairwise(answers):
+            if one.id == other.id and (difference := _difference(one, other)) is not None:
+                field, a, b = difference
+                raise DataError(
+                    f"{file.path}: the answers to id {one.id!r} of task {task!r} have {field} {a} and {b}. Sampled "
+                    "answers to one question need the same; give other questions another id."
+                )
+
+
+def _difference(one: Prediction, other: Prediction) -> tuple[str, str, str] | None:
+    """The field in which two questions differ, with both values. None if they are equal."""
+    for field in ("references", "cluster", "group"):
+        a, b = getattr(one, field), getattr(other, field)
+        if a and b and a != b:
+            return field, _shown(a), _shown(b)
+    return None
+
+
+def _some(ids: Set[str]) -> str:
     """A number of ids and the first ones."""
     named = ", ".join(sorted(ids)[:_MAX_NAMED])
     more = ", …" if len(ids) > _MAX_NAMED else ""
@@ -213,7 +285,7 @@ def task_stats(
 ) -> TaskStats:
     """The statistics of one task.
 
-    seeds: the predictions of each training seed, in the same order of ids.
+    seeds: the predictions of each training seed to the same questions, sorted by id.
     bleu_lowercase: case of "bleu" (`Protocol.bleu_lowercase`).
     progress: a bar that counts answers.
     """
@@ -221,21 +293,46 @@ def task_stats(
     metrics = metrics_of(task)
     if all(each.nll is not None for predictions in seeds for each in predictions):
         metrics = (*metrics, "nll")
-    rows: dict[Metric, list[list[tuple[float, ...]]]] = {metric: [[] for _ in seeds] for metric in metrics}
-    for seed, predictions in enumerate(seeds):
-        for each in predictions:
-            answer = Answer(each.task, each.prediction, each.references, each.nll)
-            for metric in metrics:
-                rows[metric][seed].append(sample_stats(metric, answer, bleu_lowercase=bleu_lowercase))
-            if progress is not None:
-                progress.update()
+    by_seed = [_question_stats(answers, metrics, bleu_lowercase, progress) for answers in seeds]
+    questions = [seeds[0][place] for place in _first_answers(seeds[0])]
     return TaskStats(
         task=task,
-        clusters_N=np.unique([each.cluster or each.id for each in seeds[0]], return_inverse=True)[1],
-        groups_N=np.unique([each.group for each in seeds[0]], return_inverse=True)[1],
-        by_metric={metric: np.array(stats, dtype=np.float64) for metric, stats in rows.items()},
+        clusters_N=_indices([f"c{each.cluster}" if each.cluster else f"i{each.id}" for each in questions]),
+        groups_N=_indices([each.group for each in questions]),
+        by_metric={metric: np.stack([stats[metric] for stats in by_seed]) for metric in metrics},
         num_empty=sum(not each.prediction.strip() for predictions in seeds for each in predictions),
+        num_blank=sum(not all(map(str.strip, each.references)) for predictions in seeds for each in predictions),
     )
+
+
+def _question_stats(
+    answers: Sequence[Prediction], metrics: Sequence[Metric], bleu_lowercase: bool, progress: tqdm | None
+) -> dict[Metric, NDArray[np.float64]]:
+    """The mean statistics of the answers to each question, [N, K] for each metric."""
+    stats: dict[Metric, NDArray[np.float64]] = {}
+    for place, each in enumerate(answers):
+        answer = Answer(each.task, each.prediction, each.references, each.nll)
+        for metric in metrics:
+            row = sample_stats(metric, answer, bleu_lowercase=bleu_lowercase)
+            if place == 0:
+                stats[metric] = np.empty((len(answers), len(row)))
+            stats[metric][place] = row
+        if progress is not None:
+            progress.update()
+    firsts_N = _first_answers(answers)
+    num_answers_N = np.diff([*firsts_N, len(answers)])[:, None]
+    return {metric: np.add.reduceat(rows, firsts_N) / num_answers_N for metric, rows in stats.items()}
+
+
+def _first_answers(answers: Sequence[Prediction]) -> list[int]:
+    """The place of the first answer to each question."""
+    return [place for place, each in enumerate(answers) if place == 0 or each.id != answers[place - 1].id]
+
+
+def _indices(names: Sequence[str]) -> NDArray[np.intp]:
+    """The place of each name among the sorted ones."""
+    places = {name: place for place, name in enumerate(sorted(set(names)))}
+    return np.array([places[name] for name in names], dtype=np.intp)
 
 
 def cluster_sums(stats: TaskStats, metric: Metric) -> NDArray[np.float64]:
@@ -254,14 +351,10 @@ def mean_of_groups(metric: Metric, sums: NDArray[np.float64]) -> NDArray[np.floa
         return np.nanmean(score_of(metric, sums), axis=-2)
 
 
-def score_draws(
-    stats: TaskStats, num_draws: int = NUM_DRAWS, *, seeds_key: str = ""
-) -> dict[Metric, NDArray[np.float64]]:
-    """Scores of all metrics over drawn clusters, and drawn seeds if there are three or more, [R] each.
+def score_draws(stats: TaskStats, num_draws: int = NUM_DRAWS) -> dict[Metric, NDArray[np.float64]]:
+    """Scores of all metrics over drawn clusters, means over training seeds, [R] each.
 
     Systems with the same clusters see the same draws, which depend on the task's name.
-
-    seeds_key: name of the draws of seeds. It is the same for all tasks of a system: a seed is drawn with all of them.
     """
     sums = {metric: cluster_sums(stats, metric) for metric in stats.by_metric}
     columns = np.concatenate([each.reshape(len(each), -1) for each in sums.values()], axis=1)
@@ -269,8 +362,7 @@ def score_draws(
     draws, first = {}, 0
     for metric, each in sums.items():
         last = first + each[0].size
-        scores_RS = mean_of_groups(metric, drawn[:, first:last].reshape(num_draws, *each.shape[1:]))
-        draws[metric] = (scores_RS * seed_weights(scores_RS.shape[1], seeds_key, num_draws)).sum(axis=1)
+        draws[metric] = mean_of_groups(metric, drawn[:, first:last].reshape(num_draws, *each.shape[1:])).mean(axis=1)
         first = last
     return draws
 
@@ -295,22 +387,24 @@ def influence(stats: TaskStats, metric: Metric) -> NDArray[np.float64]:
 def score_of_task(stats: TaskStats, metric: Metric, draws_R: NDArray[np.float64]) -> Score:
     """The score of one metric, with the interval of its draws."""
     seeds_S = seed_scores(stats, metric)
-    low, high = percentile_interval(draws_R, stats.num_clusters)
+    value = float(seeds_S.mean())
+    found = uncertainty(
+        value,
+        [(draws_R, stats.num_clusters)],
+        seeds=[seeds_S],
+        stderr=clustered_stderr(influence(stats, metric), stats.clusters_N) if is_mean(metric) else None,
+        bounds=bounds_of(metric),
+    )
+    low, high = found.low, found.high
+    if is_mean(metric) and metric != "nll" and low == high and value in (0, 100):
+        reach = 100 * (1 - 0.025 ** (1 / stats.num_clusters))
+        low, high = (0.0, reach) if value == 0 else (100 - reach, 100.0)
     return Score(
-        value=float(seeds_S.mean()),
+        value=value,
         low=low,
         high=high,
         n=len(stats.clusters_N),
         num_clusters=stats.num_clusters,
-        stderr=stderr_of(stats, influence(stats, metric) if is_mean(metric) and len(seeds_S) < 3 else None, draws_R),
-        seed_sd=float(seeds_S.std(ddof=1)) if len(seeds_S) > 1 else None,
+        stderr=found.stderr,
+        seed_sd=_seed_sd(seeds_S),
     )
-
-
-def stderr_of(stats: TaskStats, influence_N: NDArray[np.float64] | None, draws_R: NDArray[np.float64]) -> float:
-    """The clustered standard error: in closed form from influences, or else of the draws; NaN for one cluster."""
-    if stats.num_clusters < 2:
-        return float("nan")
-    if influence_N is None:
-        return float(draws_R.std(ddof=1))
-    return clustered_stderr(influence_N, stats.clusters_N)

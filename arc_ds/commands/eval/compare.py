@@ -6,7 +6,15 @@ import argparse
 import json
 from dataclasses import asdict
 
-from arc_ds.commands.eval.result_arguments import add_results, json_number, number, p_value, read_arguments, table
+from arc_ds.commands.eval.result_arguments import (
+    SEEDS_NOTE,
+    add_results,
+    json_number,
+    number,
+    p_value,
+    read_arguments,
+    table,
+)
 from arc_ds.errors import ConfigError
 from arc_ds.evaluation.comparison import Comparison, Difference, compare_systems
 
@@ -29,12 +37,14 @@ def run(namespace: argparse.Namespace) -> int:
     systems = read_arguments(namespace)
     if len(systems) < 2:
         raise ConfigError(f"{namespace.results[0]} holds one system; expected two or more. Name another result.")
-    comparisons = [compare_systems(systems[0], other) for other in systems[1:]]
+    comparisons = compare_systems(*systems)
     if namespace.json:
         found = {each.second: _json(each) for each in comparisons}
         print(json.dumps({"first": systems[0].name, "systems": found}, indent=2, ensure_ascii=False))
     else:
         print("\n\n".join(f"{each.second} against {each.first}\n{_table(each)}" for each in comparisons))
+        if any(len(each.seeds) > 1 for each in systems):
+            print(f"\n{SEEDS_NOTE} p-values hold for the seeds of both systems.")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,9 @@ def _samples(path: Path, task: str, protocol: str) -> Questions:
 def _read(path: Path, system: str, task: str | None, questions: Questions | None) -> list[Prediction]:
     """The predictions of a file, checked against the questions if there are some."""
     found: NumberedLines = {}
+    tasks_of: dict[str, list[str]] = {}
+    for asked, name in sorted(questions or ()):
+        tasks_of.setdefault(name, []).append(asked)
     for number, record in read_objects(path):
         where = f"{path}:{number}"
         if record.get("system") not in (None, "", system):
@@ -115,23 +118,29 @@ def _read(path: Path, system: str, task: str | None, questions: Questions | None
                 f"{where}: the line is of system {record['system']!r}, but --system is {system!r}. Import each system "
                 "from a file of its own."
             )
-        if task is not None:
-            record = {"task": task, **record}
-        record = _completed(record, where, questions)
+        if task is not None and record.get("task") is None:
+            record = {**record, "task": task}
+        record = _completed(record, where, questions, tasks_of)
         if record.get("index") is None:
             record["index"] = len(found)
         add_prediction(found, parse_prediction({**record, "system": system}, where), path, number)
-    if questions is not None and (missing := [key for key in questions if key not in found]):
+    answered = {key[:2] for key in found}
+    if questions is not None and (missing := [key for key in questions if key not in answered]):
         raise DataError(f"{path}: {len(missing)} of {len(questions)} ids are missing ({_names(missing)}). Add them.")
     return [prediction for _, prediction in found.values()]
 
 
-def _completed(record: dict[str, Any], where: str, questions: Questions | None) -> dict[str, Any]:
-    """The line with the fields that it leaves out. Raises DataError if it contradicts its question."""
+def _completed(
+    record: dict[str, Any], where: str, questions: Questions | None, tasks_of: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The line with the fields that it leaves out. Raises DataError if it contradicts its question.
+
+    tasks_of: the tasks of each id.
+    """
     if questions is None or record.get("id") is None or not isinstance(record.get("task") or "", str):
         return record  # `parse_prediction` names the fault
     name = str(record["id"])
-    tasks = [record["task"]] if record.get("task") else sorted({task for task, each in questions if each == name})
+    tasks = [record["task"]] if record.get("task") else tasks_of.get(name, ())
     question = questions.get((tasks[0], name)) if len(tasks) == 1 else None
     if question is None:
         problem = f"is in several tasks ({', '.join(tasks)})" if len(tasks) > 1 else "is not among the questions"
@@ -142,6 +151,7 @@ def _completed(record: dict[str, Any], where: str, questions: Questions | None) 
     for field in ("references", "cluster", "group"):
         given, wanted = record.get(field), getattr(question, field)
         wanted = list(wanted) if field == "references" else wanted
+        given = str(given) if isinstance(given, int) else given
         if given and wanted and given != wanted:
             raise DataError(
                 f"{where}: {field!r} of id {name!r} is {given!r}, but {wanted!r} in the question. Remove the "

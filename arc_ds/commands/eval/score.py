@@ -6,8 +6,9 @@ import argparse
 import json
 import logging
 
-from arc_ds.commands.eval.result_arguments import add_results, json_number, number, read_arguments, table
+from arc_ds.commands.eval.result_arguments import SEEDS_NOTE, add_results, json_number, number, read_arguments, table
 from arc_ds.evaluation.metrics import signature
+from arc_ds.evaluation.results import SystemResults
 from arc_ds.evaluation.scoring import Score, SystemScores, is_bleu_lowercase, score_system
 
 HELP = "score files of predictions, with intervals"
@@ -30,8 +31,8 @@ def run(namespace: argparse.Namespace) -> int:
     """Run the subcommand; return its exit code."""
     systems = read_arguments(namespace)
     scores = [score_system(system) for system in systems]
-    for each in scores:
-        _warn_of_empty(each)
+    for results, each in zip(systems, scores, strict=True):
+        _warn(results, each)
     if namespace.json:
         found = {each.name: _json(each) for each in scores}
         print(json.dumps(next(iter(found.values())) if len(found) == 1 else found, indent=2, ensure_ascii=False))
@@ -42,15 +43,31 @@ def run(namespace: argparse.Namespace) -> int:
     for metric in metrics:
         signatures = dict.fromkeys(signature(metric, bleu_lowercase=is_bleu_lowercase(each)) for each in systems)
         print(f"{metric}: {'; '.join(signatures)}")
+    if any(len(each.seeds) > 1 for each in systems):
+        print(SEEDS_NOTE)
     return 0
 
 
-def _warn_of_empty(scores: SystemScores) -> None:
-    for task, num_empty in scores.num_empty.items():
-        if num_empty:
+def _warn(results: SystemResults, scores: SystemScores) -> None:
+    """Warn of answers that a score hides: empty ones, those to blank references, and those that `eval run` left out."""
+    for task, stats in scores.stats.items():
+        if stats.num_empty:
             logger.warning(
-                "%s: %d predictions of task %s are empty; they are scored as such", scores.name, num_empty, task
+                "%s: %d predictions of task %s are empty; they are scored as such", scores.name, stats.num_empty, task
             )
+        if stats.num_blank and "substring" in stats.by_metric:
+            logger.warning(
+                "%s: %d answers of task %s have a reference without text, which 'substring' finds in every prediction; "
+                "remove such references",
+                *(scores.name, stats.num_blank, task),
+            )
+        file = results.seeds[0]
+        for reason, systems in (file.run.get("skipped") or {}).items():
+            if isinstance(systems, dict) and (ids := systems.get(file.system, {}).get(task)):
+                logger.warning(
+                    "%s: %d questions of task %s were not asked (%s); the scores leave them out",
+                    *(scores.name, len(ids), task, reason),
+                )
 
 
 def _json(scores: SystemScores) -> dict[str, dict[str, dict[str, float | None]]]:

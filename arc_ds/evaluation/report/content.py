@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from arc_ds.errors import ConfigError, DataError
-from arc_ds.evaluation.comparison import Comparison, check_comparable, compare_stats, with_clusters
+from arc_ds.evaluation.comparison import Comparison, check_comparable, compare_stats
 from arc_ds.evaluation.report.paper import in_paper_order
 from arc_ds.evaluation.report.samples import DifferingSample, PairCounts, differing_samples
 from arc_ds.evaluation.results import Prediction, ResultFile, SystemResults, select_tasks
@@ -23,9 +23,11 @@ from arc_ds.evaluation.scoring import (
     is_bleu_lowercase,
     score_draws,
     score_of_task,
+    seed_scores,
     system_stats,
+    with_clusters,
 )
-from arc_ds.evaluation.statistics import NUM_DRAWS, percentile_interval
+from arc_ds.evaluation.statistics import NUM_DRAWS, uncertainty
 from arc_ds.evaluation.task import Metric
 
 if TYPE_CHECKING:
@@ -242,12 +244,12 @@ def _report_system(
 ) -> ReportSystem:
     found = system_stats(results, bleu_lowercase=lowercase)
     stats = {task: _with_headline(found[task], metric, results.name) for task in tasks if task in found}
-    draws = {task: score_draws(each, num_draws, seeds_key=results.name) for task, each in stats.items()}
+    draws = {task: score_draws(each, num_draws) for task, each in stats.items()}
     scores = {
         task: {metric: score_of_task(each, metric, draws[task][metric]) for metric in each.by_metric}
         for task, each in stats.items()
     }
-    headlines = [(scores[task][each.headline], draws[task][each.headline]) for task, each in stats.items()]
+    headlines = [(each, draws[task][each.headline]) for task, each in stats.items()]
     kind = results.seeds[0].protocol.get("ratio", "decoder")
     answers = by_task(each for file in results.seeds for each in file.predictions)
     return ReportSystem(
@@ -356,8 +358,9 @@ def _gap(
         return None
     floor_R = np.min([draws[role] for role in floors], axis=0)
     gaps_R = (floor_R - system.draws[task]["nll"]) / (floor_R - draws["open"])
-    low, high = percentile_interval(gaps_R, system.stats[task].num_clusters)
-    return GapClosed((floor - system.scores[task]["nll"].value) / (floor - open_book), low, high)
+    gaps_S = (floor - seed_scores(system.stats[task], "nll")) / (floor - open_book)
+    found = uncertainty(gaps_S.mean(), [(gaps_R, system.stats[task].num_clusters)], seeds=[gaps_S])
+    return GapClosed(float(gaps_S.mean()), found.low, found.high)
 
 
 def decoder_of(system: ReportSystem) -> str:

@@ -86,8 +86,9 @@ def differing_samples(
 
 
 def _sorted_answers(system: SystemResults, task: str) -> list[Prediction]:
-    """The answers of its first training seed in the order of `TaskStats`."""
-    return sorted((each for each in system.seeds[0].predictions if each.task == task), key=lambda each: each.id)
+    """The answers of its first training seed in the order of `TaskStats`; of several to one question, the first."""
+    found = {each.id: each for each in reversed(system.seeds[0].predictions) if each.task == task}
+    return [found[name] for name in sorted(found)]
 
 
 def _question(prediction: Prediction) -> str:

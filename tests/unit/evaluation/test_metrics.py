@@ -23,7 +23,7 @@ _ADVERSARIAL = (
     "noanswer", "no answer", "1,000", "1 000", "12.5%", "$12", "Zürich", "Zu\u0308rich", "ΑΣ", "ας", "İstanbul",
     "straße", "STRASSE", "ﬁne", "日本", "日 本", "e\u0301", "\u00a0x\u00a0", "x\ny", "don't", "dont", "(a) b", "_",
     "__init__", "the\u0301", "🙂 ok", "ran running runs", "cats and dogs", "Cats, and Dogs!", "a b c d e", "e d c b a",
-    '"quoted"', "&quot;", "x-ray", "xray",
+    '"quoted"', "&quot;", "x-ray", "xray", "≠", "=",
 )  # fmt: skip
 _WORDS = (
     "the", "a", "an", "The", "cat", "sat", "on", "mat.", "mat,", "Running", "runs", "ran", "dogs", "7", "1,000",
@@ -150,7 +150,7 @@ def test_the_order_of_normalisation_counts() -> None:
     assert [metrics.normalize_answer(text).split() for text in _ADVERSARIAL] == list(map(squad_words, _ADVERSARIAL))
 
 
-@pytest.mark.parametrize(("task", "oracle"), [("hotpotqa", hotpotqa_f1), ("squad2", squad2_f1)])
+@pytest.mark.parametrize(("task", "oracle"), [("hotpotqa:dev", hotpotqa_f1), ("squad2", squad2_f1)])
 def test_f1_has_the_rule_of_its_task(task: str, oracle: Callable[[str, str], float]) -> None:
     pairs = [
         (one, other) for one in (*_ADVERSARIAL, "yes it is", "no.") for other in (*_ADVERSARIAL, "yes it is", "no.")
@@ -158,6 +158,15 @@ def test_f1_has_the_rule_of_its_task(task: str, oracle: Callable[[str, str], flo
     ours = [sample_stats("f1", Answer(task, one, [other]))[0] for one, other in pairs]
     assert ours == [oracle(one, other) for one, other in pairs]
     assert ours != [squad_f1(one, other) for one, other in pairs]
+
+
+def test_silence_answers_an_unanswerable_question_of_squad2() -> None:
+    pairs = {("", "unanswerable"): 1, ("Unanswerable.", ""): 1, ("the", "unanswerable"): 1, ("Rome", "unanswerable"): 0}
+    for task, by_rule in (("squad2", 1), ("squad2:dev", 1), ("squad", 0)):
+        for (prediction, reference), score in pairs.items():
+            for metric in ("em", "f1"):
+                found = sample_stats(metric, Answer(task, prediction, [reference]))  # type: ignore[arg-type]
+                assert found == (score * by_rule, 1.0)
 
 
 def test_rouge_l_is_that_of_rouge_score_with_the_stemmer() -> None:

@@ -53,7 +53,7 @@ def test_scores_and_differences_are_those_of_scorer_and_comparison(folders, repo
         scores = score_system(system, DRAWS)
         assert made.scores == scores.by_task and made.average.value == scores.average.value
     for other in systems[1:]:
-        assert report.comparisons[other.name].by_task == compare_systems(systems[0], other, DRAWS).by_task
+        assert report.comparisons[other.name].by_task == compare_systems(systems[0], other, num_draws=DRAWS)[0].by_task
     assert report.comparisons["closed book"].by_task["squad"]["em"].value < -10  # something differs
 
 
@@ -261,6 +261,17 @@ def test_training_seeds_are_one_system(tmp_path, folders):
     assert len(made.systems) == 2 and made.systems[1].scores["nq"]["em"].seed_sd > 0
     counts = rows_of(count_table(made))
     assert [row["answers"].value for row in counts] == [40, 60, 120, 180]
+
+
+def test_sampled_answers_are_one_sample(tmp_path, folders):
+    (arc,) = read_systems([folders[2]])
+    answers = arc.seeds[0].predictions
+    sampled = [*answers, *(replace(each, seed=each.seed + 1, prediction="nothing") for each in answers)]
+    (tmp_path / "sampled.jsonl").write_text("".join(f"{prediction_line(each)}\n" for each in sampled))
+    made = make_report(read_systems([folders[0], str(tmp_path / "sampled.jsonl")]), num_draws=DRAWS)
+    first = {(each.task, each.id): each.prediction for each in answers}
+    assert made.samples and all(each.prediction == first[each.task, each.id] for each in made.samples)
+    assert made.systems[1].scores["nq"]["em"].n == 40
 
 
 def test_counts_of_stops_and_skipped_samples_are_shown(tmp_path):

@@ -74,13 +74,22 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ({**LINE, "references": [1]}, r"a.jsonl:2: 'references' is \[1\]; expected a list of one or more texts"),
         ({**LINE, "prediction": "\ud83d"}, "a.jsonl:2: a text holds characters that UTF-8 cannot encode"),
         ({**LINE, "nll": {"nats": 1, "tokens": 0}}, "a.jsonl:2: 'nll' is"),
+        ({**LINE, "nll": {"nats": float("inf"), "tokens": 1}}, "a.jsonl:2: 'nll' is"),
+        ({**LINE, "nll": {"nats": -2.5, "tokens": 1}}, 'a.jsonl:2: .* expected {"nats": -log p'),
         ({**LINE, "lengths": [1]}, "a.jsonl:2: 'lengths' is list"),
+        ({**LINE, "lengths": {"vectors": "9"}}, "a.jsonl:2: 'vectors' in 'lengths' is '9'; expected a number"),
+        ({**LINE, "task": "\udc80"}, "a.jsonl:2: a text holds characters that UTF-8 cannot encode"),
         (LINE, "a.jsonl:2: the id 'q1' of task 'nq' is on line 1 already. Remove one of both lines"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: dict[str, Any] | str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_results(write(tmp_path / "a.jsonl", LINE, line))
+
+
+def test_sampled_answers_differ_in_their_seed(tmp_path: Path) -> None:
+    (file,) = read_results(write(tmp_path / "a.jsonl", LINE, {**LINE, "seed": 1}))
+    assert [each.seed for each in file.predictions] == [0, 1]
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
@@ -90,6 +99,9 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         read_results(tmp_path)
     with pytest.raises(DataError, match=r"a.jsonl has no lines"):
         read_results(write(tmp_path / "a.jsonl", "", " "))
+    (tmp_path / "b.jsonl").write_text(json.dumps(LINE), encoding="utf-16")
+    with pytest.raises(DataError, match=r"b.jsonl is UTF-16, expected UTF-8. Convert it: iconv"):
+        read_results(tmp_path / "b.jsonl")
     (tmp_path / RUN).write_text("[]")
     with pytest.raises(DataError, match=r"run.json: expected a JSON object"):
         read_run(tmp_path)
@@ -114,6 +126,9 @@ def test_files_between_commas_are_seeds_of_one_system(tmp_path: Path) -> None:
     paths = [str(write(tmp_path / f"{name}.jsonl", {**LINE, "system": "arc"})) for name in "abc"]
     (found,) = read_systems([",".join(paths)])
     assert found.name == "arc" and [str(seed.path) for seed in found.seeds] == paths
+    for wrong in (f"{paths[0]},{paths[1]},{paths[0]}", f"{paths[0]},"):
+        with pytest.raises(DataError, match="names a file twice, or none between two commas"):
+            read_systems([wrong])
     comma = str(write(tmp_path / "a,b.jsonl", LINE))
     assert len(read_systems([comma])[0].seeds) == 1
     both = write(tmp_path / "both.jsonl", LINE, {**LINE, "system": "closed"})

@@ -49,14 +49,6 @@ def test_json_holds_value_low_high_and_n_of_each_task_and_metric(tmp_path: Path,
     assert found["squad"]["em"]["value"] == pytest.approx(100 * right / 12)
 
 
-def test_clusters_widen_the_interval(tmp_path: Path, capsys) -> None:
-    lines = questions(300, 0.4)
-    lines = [replace(line, prediction=lines[i - i % 3].prediction) for i, line in enumerate(lines)]
-    alone = printed(capsys, "score", "--json", write(tmp_path / "a.jsonl", lines))["squad"]["em"]
-    whole = printed(capsys, "score", "--json", write(tmp_path / "b.jsonl", lines, ["cluster"]))["squad"]["em"]
-    assert whole["high"] - whole["low"] > 1.5 * (alone["high"] - alone["low"]) and whole["value"] == alone["value"]
-
-
 def test_several_systems_are_nested_by_name(tmp_path: Path, capsys) -> None:
     lines = questions(30, 0.4)
     paths = [write(tmp_path / f"{name}.jsonl", lines) for name in ("open", "closed")]
@@ -67,16 +59,25 @@ def test_several_systems_are_nested_by_name(tmp_path: Path, capsys) -> None:
 
 def test_the_table_has_intervals_average_and_signatures(tmp_path: Path, capsys, caplog) -> None:
     lines = [*questions(30, 0.4), *translations(10, ["eng-fra"], 0.8)]
-    lines[0] = Prediction(id="q0", task="squad", prediction="", references=("x",))
-    path = write(tmp_path / "a.jsonl", lines)
+    lines[0] = Prediction(id="q0", task="squad", prediction="", references=("x", ""))
+    path, other = (write(tmp_path / f"{name}.jsonl", lines) for name in "ab")
     with caplog.at_level(logging.WARNING):
-        assert main(["eval", "score", f"{path},{path}"]) == 0
+        assert main(["eval", "score", f"{path},{other}"]) == 0
     out = capsys.readouterr().out
     head, *rows = out.splitlines()
     assert head.split("  ")[0] == "system" and head.endswith("clusters  sd of seeds")
     assert [row.split()[1:3] for row in rows[:8:7]] == [["flores", "bleu"], ["average", "headlines"]]
     assert "bleu: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp" in out and " to " in rows[0]
+    assert "Otherwise they hold for its seeds." in out
     assert "2 predictions of task squad are empty; they are scored as such" in caplog.text
+    assert "2 answers of task squad have a reference without text, which 'substring' finds" in caplog.text
+
+
+def test_questions_that_were_not_asked_are_named(tmp_path: Path, capsys, caplog) -> None:
+    write_results(tmp_path, questions(6, 0.4), {"skipped": {"too long": {"": {"squad": ["q8", "q9"]}}}})
+    with caplog.at_level(logging.WARNING):
+        printed(capsys, "score", "--json", str(tmp_path))
+    assert "2 questions of task squad were not asked (too long); the scores leave them out" in caplog.text
 
 
 def test_one_cluster_has_null_limits(tmp_path: Path, capsys) -> None:
@@ -101,7 +102,9 @@ def test_compare_prints_the_differences_to_the_first_system(tmp_path: Path, caps
     assert main(["eval", "compare", *paths]) == 0
     out = capsys.readouterr().out
     assert out.startswith("b against a\ntask ") and "\n\nc against a\n" in out and "detectable" in out
-    assert "mcnemar" in out and f"+{em['value']:.2f}" in out
+    assert "mcnemar" in out and f"+{em['value']:.2f}" in out and "seeds" not in out
+    assert main(["eval", "compare", f"{paths[0]},{paths[2]}", paths[1]]) == 0
+    assert capsys.readouterr().out.endswith("p-values hold for the seeds of both systems.\n")
 
 
 def test_compare_refuses_one_system_and_other_questions(tmp_path: Path, capsys) -> None:
@@ -121,15 +124,17 @@ def test_an_import_of_whole_lines_is_scored_like_ours(tmp_path: Path, capsys) ->
     assert file.system == "LCLM" and [line.index for line in file.predictions] == list(range(30))
     assert file.run["system"] == {"name": "LCLM", "kind": "import"} and len(file.run["source"]["sha256"]) == 64
     assert "exists already" in failure(capsys, "import", path, "--system", "LCLM", "--out", out)
-    assert main(["eval", "import", path, "--system", "x", "--out", out, "--overwrite"]) == 0
+    Path(path).write_text(Path(path).read_text().replace('"squad"', "null"))
+    assert main(["eval", "import", path, "--system", "x", "--out", out, "--overwrite", "--task", "nq"]) == 0
+    assert {line.task for line in read_results(Path(out))[0].predictions} == {"nq"}
 
 
 def test_an_import_takes_questions_from_a_reference_result(tmp_path: Path, capsys) -> None:
     ours = tmp_path / "ours"
     ours.mkdir()
-    lines = questions(6, 0.4)
+    lines = [replace(line, cluster=str(i)) for i, line in enumerate(questions(6, 0.4))]
     write_results(ours, lines, {"data_digest": "d"})
-    given = [{"id": line.id, "prediction": "Rome"} for line in lines]
+    given = [{"id": line.id, "prediction": "Rome", "task": None, "cluster": i} for i, line in enumerate(lines)]
     options = ["--system", "x", "--reference", str(ours)]
 
     def imported(name: str, records: Sequence[dict[str, Any]]) -> list[str]:
@@ -143,6 +148,9 @@ def test_an_import_takes_questions_from_a_reference_result(tmp_path: Path, capsy
         (line.references, line.cluster) for line in lines
     ]
     assert file.run["data_digest"] == "d" and (tmp_path / "good" / RUN).exists()
+    sampled = [{**line, "seed": seed} for seed in range(2) for line in given]
+    assert main(["eval", *imported("sampled", sampled), "--task", "squad"]) == 0
+    assert len(read_results(tmp_path / "sampled")[0].predictions) == 12
     capsys.readouterr()
     assert printed(capsys, "compare", "--json", str(ours), str(tmp_path / "good"))["systems"]["x"]["tasks"]["squad"]
 

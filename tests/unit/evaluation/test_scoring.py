@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sacrebleu
+import scipy.stats
 from statsmodels.regression.linear_model import OLS
 
 from arc_ds.errors import DataError
@@ -59,6 +60,9 @@ def test_a_mean_has_the_clustered_error_of_statsmodels_and_the_interval_of_its_d
     assert (score.value, score.n, score.num_clusters) == (pytest.approx(x.mean()), 300, 100)
     assert score.stderr == pytest.approx(fit.bse[0], rel=1e-9)
     assert (score.high - score.low) / 3.92 == pytest.approx(fit.bse[0], rel=0.05)
+    names = [line.cluster for line in sorted(lines, key=lambda line: line.id)]
+    places = scores.stats["squad"].clusters_N  # their order fixes the draws
+    assert np.array_equal(places, np.unique(names, return_inverse=True)[1])
     alone = score_system(system([replace(line, cluster="") for line in lines])).by_task["squad"]["em"]
     assert alone.num_clusters == 300 and alone.stderr < 0.9 * score.stderr
     assert list(scores.by_task["squad"]) == ["em", "f1", "substring", "approx_em"] and scores.average is None
@@ -88,6 +92,12 @@ def test_groups_of_a_mean_have_the_clustered_error_of_their_mean() -> None:
     x = np.array([100.0 * (line.prediction != "x") for line in lines])
     fit = OLS(x, np.ones(120)).fit(cov_type="cluster", cov_kwds={"groups": np.arange(120) % 60})
     assert score.stderr == pytest.approx(fit.bse[0], rel=1e-9)
+
+
+def test_draws_without_a_group_count_the_others() -> None:
+    lines = [replace(line, group="rare" if i < 2 else "") for i, line in enumerate(translations(12, [""], 0.8))]
+    score = score_system(system(lines)).by_task["flores"]["chrf"]
+    assert 0 < score.low < score.value < score.high < 100
 
 
 def test_groups_see_the_same_drawn_sentences() -> None:
@@ -134,7 +144,16 @@ def test_an_average_draws_within_tasks() -> None:
     assert scores.average is not None
     assert scores.average.value == pytest.approx(np.mean([score.value for score in headlines]))
     apart = np.hypot(headlines[0].stderr, headlines[1].stderr) / 2
-    assert scores.average.stderr == pytest.approx(apart, rel=0.05)
+    assert scores.average.stderr == pytest.approx(apart, rel=0.05) and scores.average.seed_sd is None
+    twice = score_system(system([*lines[:300], *(replace(line, task="nq") for line in lines[:300])])).average
+    assert twice is not None  # two tasks do not share draws
+    assert twice.high - twice.low == pytest.approx((headlines[0].high - headlines[0].low) / 2**0.5, rel=0.05)
+    seeds = [replace(line, prediction="Rome") if line.task == "squad" else line for line in lines]
+    three = score_system(system(lines, seeds, seeds)).average
+    assert three is not None and three.seed_sd is not None
+    assert three.value == pytest.approx(scores.average.value + (100 - headlines[0].value) / 3)
+    assert three.stderr > three.seed_sd / 3**0.5 and three.low < scores.average.low < scores.average.high < three.high
+    assert three.seed_sd == pytest.approx((100 - headlines[0].value) / 2 / 3**0.5)
 
 
 def test_nll_is_a_ratio_over_tokens_if_every_answer_has_it() -> None:
@@ -150,10 +169,58 @@ def test_nll_is_a_ratio_over_tokens_if_every_answer_has_it() -> None:
 
 def test_one_cluster_has_no_interval() -> None:
     lines = [replace(line, cluster="one") for line in questions(30, 0.5)]
-    score = score_system(system(lines)).by_task["squad"]["em"]
+    scores = score_system(system([*lines, *questions(30, 0.5, task="nq")]))
+    score = scores.by_task["squad"]["em"]
     assert np.isnan([score.low, score.high, score.stderr]).all() and 0 < score.value < 100
+    assert scores.average is not None and np.isnan([scores.average.low, scores.average.stderr]).all()
 
 
-def test_empty_answers_are_scored_and_counted() -> None:
+@pytest.mark.parametrize(("prediction", "right"), [("Rome", 1), ("Oslo", 0)])
+def test_equal_answers_have_the_interval_of_a_binomial(prediction: str, right: int) -> None:
+    lines = [replace(line, prediction=prediction) for line in questions(30, 0.5)]
+    score = score_system(system(lines)).by_task["squad"]["em"]
+    oracle = scipy.stats.binomtest(10 * right, 10).proportion_ci()
+    assert (score.low, score.high) == pytest.approx((100 * oracle.low, 100 * oracle.high))
+    assert score.stderr == 0
+
+
+def test_sampled_answers_count_as_one_question() -> None:
+    state = random.Random(5)
+    lines = [replace(line, cluster="") for line in questions(40, 0.5)]
+    sampled = [
+        replace(line, seed=seed, prediction=state.choice(("Rome", "Oslo")))
+        for i, line in enumerate(lines)
+        for seed in range(1 + i % 4)
+    ]
+    state.shuffle(sampled)
+    means = [
+        100 * np.mean([each.prediction == "Rome" for each in sampled if each.id == line.id])
+        for line in sorted(lines, key=lambda each: each.id)
+    ]
+    found = score_system(system(sampled))
+    score = found.by_task["squad"]["em"]
+    assert (score.value, score.n, score.num_clusters) == (pytest.approx(np.mean(means)), 40, 40)
+    assert score.stderr == pytest.approx(np.std(means, ddof=1) / 40**0.5)
+    assert found.stats["squad"].by_metric["em"][0, :, 0] == pytest.approx(np.divide(means, 100))
+    wrong = [*sampled, replace(sampled[0], seed=9, references=("Oslo",))]
+    with pytest.raises(DataError, match=r"0.jsonl: the answers to id '.*' of task 'squad' have references \["):
+        score_system(system(wrong))
+
+
+def test_a_sample_without_a_cluster_is_not_in_the_cluster_that_has_its_id() -> None:
+    lines = questions(9, 0.5)
+    lines[8] = replace(lines[8], id="p0", cluster="")
+    assert score_system(system(lines)).by_task["squad"]["em"].num_clusters == 4
+
+
+def test_clusters_of_any_training_seed_serve_all() -> None:
+    lines = questions(30, 0.5)
+    bare = [replace(line, cluster="") for line in lines]
+    assert score_system(system(bare, lines)).by_task["squad"]["em"].num_clusters == 10
+
+
+def test_empty_answers_and_blank_references_are_counted() -> None:
     lines = [replace(line, prediction=" ") if i < 3 else line for i, line in enumerate(questions(30, 0.5))]
-    assert score_system(system(lines)).num_empty == {"squad": 3}
+    lines[5] = replace(lines[5], references=("Rome", " "))
+    stats = score_system(system(lines)).stats["squad"]
+    assert (stats.num_empty, stats.num_blank) == (3, 1)

@@ -9,8 +9,8 @@ import pytest
 import scipy.stats
 from statsmodels.regression.linear_model import OLS
 
+from arc_ds.evaluation import statistics
 from arc_ds.evaluation.statistics import (
-    DETECTABLE,
     bootstrap_sums,
     clustered_stderr,
     holm,
@@ -18,9 +18,9 @@ from arc_ds.evaluation.statistics import (
     mcnemar_p,
     percentile_interval,
     permutation_p,
-    seed_weights,
     sign_flip_sums,
     student_quantile,
+    uncertainty,
 )
 
 
@@ -48,14 +48,78 @@ def test_the_bootstrap_interval_is_that_of_scipy() -> None:
     assert (low, high) == pytest.approx((interval.low, interval.high), abs=0.05 * (high - low))
 
 
+def test_quantiles_of_student_are_those_of_scipy() -> None:
+    for degrees, tolerance in ((1, 1e-5), (1.4, 2e-5), (2.7, 1e-6), (8.9, 1e-6), (9, 2e-4), (100, 1e-6)):
+        for probability in (0.8, 0.975):
+            oracle = scipy.stats.t.ppf(probability, degrees)
+            assert student_quantile(probability, degrees) == pytest.approx(oracle, rel=tolerance)
+
+
 def test_few_clusters_have_wider_intervals() -> None:
-    for degrees, tolerance in ((3, 0.01), (9, 1e-3), (100, 1e-6)):
-        assert student_quantile(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), rel=tolerance)
-    draws = np.random.default_rng(0).normal(size=10_000)
-    intervals = [percentile_interval(draws, num) for num in (5, 50, 10**6)]
-    assert intervals[0][0] < intervals[1][0] < intervals[2][0] and intervals[0][1] > intervals[1][1] > intervals[2][1]
-    assert intervals[2] == pytest.approx(np.percentile(draws, (2.5, 97.5)), rel=1e-4)
-    assert np.isnan(percentile_interval(draws, 1)).all()
+    """Draws of a normal distribution have the error of a variance without Bessel's correction."""
+    draws = scipy.stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
+    for num in (10, 50, 10**6):
+        reach = (num / (num - 1)) ** 0.5 * scipy.stats.t.ppf(0.975, num - 1)
+        assert percentile_interval(draws, num) == pytest.approx((-reach, reach), rel=1e-3)
+    assert np.isnan(uncertainty(0.0, [(draws, 50), (draws, 1)])).all()
+
+
+@pytest.mark.parametrize("num_clusters", [2, 5, 9])
+def test_intervals_of_few_clusters_cover_the_truth_in_95_percent_of_experiments(num_clusters: int) -> None:
+    x = np.random.default_rng(num_clusters).normal(size=(num_clusters, 2000))
+    draws = bootstrap_sums(x, "few", 500).T / num_clusters
+    found = [uncertainty(mean, [(each, num_clusters)]) for mean, each in zip(x.mean(axis=0), draws, strict=True)]
+    low, high, stderr, _ = np.array(found).T
+    assert np.mean((low <= 0) & (high >= 0)) == pytest.approx(0.95, abs=0.012)
+    assert stderr.mean() == pytest.approx(x.std(axis=0, ddof=1).mean() / num_clusters**0.5, rel=0.03)
+
+
+def test_three_seeds_have_the_interval_of_welch() -> None:
+    """The difference of two means of independent samples has both errors: here those of seeds and of clusters."""
+    random = np.random.default_rng(7)
+    seeds, others, x = random.normal(5, 2, 3), random.normal(3, 1, 4), random.normal(0, 3, 40)
+    draws = bootstrap_sums(x[:, None], "welch")[:, 0] / 40
+    stderr = x.std(ddof=1) / 40**0.5
+    for found, samples in (
+        (uncertainty(seeds.mean() - x.mean(), [(draws, 40)], seeds=[seeds], stderr=stderr), (seeds, x)),
+        (uncertainty(seeds.mean() - others.mean(), [(draws, 40)], seeds=[seeds, others], stderr=0), (seeds, others)),
+    ):
+        oracle = scipy.stats.ttest_ind(*samples, equal_var=False)
+        interval = oracle.confidence_interval()
+        assert found[:2] == pytest.approx((interval.low, interval.high), rel=1e-5)
+        assert found.stderr == pytest.approx((samples[0].mean() - samples[1].mean()) / oracle.statistic)
+        quantiles = scipy.stats.t.ppf((0.975, 0.8), oracle.df)
+        assert found.detectable == pytest.approx(quantiles.sum() * found.stderr, rel=1e-4)
+    two = uncertainty(1.0, [(draws, 40)], seeds=[seeds[:2]], stderr=stderr)
+    assert two == uncertainty(1.0, [(draws, 40)], stderr=stderr)  # two seeds are not drawn
+
+
+def test_an_average_has_the_error_of_independent_tasks() -> None:
+    random = np.random.default_rng(8)
+    xs = [random.normal(0, 1, 5), random.normal(0, 2, 30)]
+    draws = [bootstrap_sums(x[:, None], str(len(x)))[:, 0] / len(x) for x in xs]
+    found = uncertainty(0.0, [(each, len(x)) for each, x in zip(draws, xs, strict=True)], bounds=(-0.1, 9.0))
+    oracle = scipy.stats.ttest_ind(*xs, equal_var=False)  # the variance of a sum is that of a difference
+    error = (xs[0].mean() - xs[1].mean()) / oracle.statistic / 2
+    assert found.stderr == pytest.approx(error, rel=0.02) and found.low == -0.1
+    assert found.high == pytest.approx(scipy.stats.t.ppf(0.975, oracle.df) * error, rel=0.03)
+
+
+def test_many_clusters_are_drawn_in_bins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_MAX_BINS", 1 << 10)
+    x = np.random.default_rng(0).exponential(size=(2500, 2))
+    x[:50, 0] *= 30  # clusters next to each other belong to different bins
+    x[:, 1] = 1.0
+    sums = bootstrap_sums(x, "many", 1500)
+    assert np.array_equal(bootstrap_sums(x[:, 1:], "many", 1500), sums[:, 1:])
+    means = sums[:, 0] / sums[:, 1]
+    assert np.unique(sums[:, 1]).size > 10  # bins have two or three clusters
+    assert means.std() == pytest.approx(x[:, 0].std() / 2500**0.5, rel=0.1)
+    assert means.mean() == pytest.approx(x[:, 0].mean(), rel=0.02)
+    assert sign_flip_sums(x[:, 1:], "many", 1500).std() > 1.2 * 2500**0.5  # bins are flipped whole
+    x[1::2, 0] *= -1
+    flips = sign_flip_sums(x[:, :1], "many", 1500)
+    assert flips.std() == pytest.approx(np.square(x[:, 0]).sum() ** 0.5, rel=0.1)
 
 
 def test_systems_and_metrics_see_the_same_draws() -> None:
@@ -108,7 +172,7 @@ def test_a_difference_of_the_smallest_detectable_size_is_found_in_80_percent_of_
         size=(num_clusters, num_experiments)
     )
     stderr = np.sqrt((sizes**2 + 1).sum())  # of the sum over clusters
-    planted = differences + DETECTABLE * stderr * sizes / sizes.sum()
+    planted = differences + 2.8 * stderr * sizes / sizes.sum()
     for values, wanted in ((planted, 0.8), (differences, 0.05)):
         draws = sign_flip_sums(values, "power", 1000)
         p = [
@@ -118,7 +182,18 @@ def test_a_difference_of_the_smallest_detectable_size_is_found_in_80_percent_of_
 
 
 def test_mcnemar_is_scipys_binomial_test() -> None:
-    for first, second in ((0, 0), (0, 1), (3, 3), (5, 1), (1, 5), (40, 61), (700, 800), (5000, 5300), (0, 2000)):
+    for first, second in (
+        (0, 0),
+        (0, 1),
+        (3, 3),
+        (5, 1),
+        (1, 5),
+        (40, 61),
+        (700, 800),
+        (5000, 5300),
+        (0, 2000),
+        (10**6, 10**6),
+    ):
         num = first + second
         oracle = scipy.stats.binomtest(first, num).pvalue if num else 1.0
         assert mcnemar_p(first, second) == pytest.approx(oracle, rel=1e-9, abs=1e-300)
@@ -135,6 +210,7 @@ def test_flips_of_few_clusters_are_exact_and_of_many_close() -> None:
         ).pvalue
         assert ours == pytest.approx(oracle, abs=tolerance)
     assert permutation_p(0.0, np.zeros(9), is_exact=False) == 1.0
+    assert permutation_p(1.0, np.zeros(9), is_exact=False) == 0.1
 
 
 def test_holm_rejects_step_by_step() -> None:
@@ -150,11 +226,3 @@ def test_holm_rejects_step_by_step() -> None:
             for level in np.linspace(0.0, 0.999, 700):
                 assert is_rejected(values, place, level) == (adjusted <= level + 1e-12)
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02]) and holm([]) == []
-
-
-def test_three_seeds_are_drawn_and_two_are_not() -> None:
-    weights = seed_weights(3, "", 2000)
-    assert np.allclose(weights.sum(axis=1), 1) and np.allclose(weights.mean(axis=0), 1 / 3, atol=0.02)
-    assert len(np.unique(weights)) == 4
-    assert np.array_equal(seed_weights(2, "", 5), np.full((5, 2), 0.5))
-    assert not np.array_equal(weights, seed_weights(3, "second", 2000))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import sqlite3
 import ssl
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from arc_ds import errors
-from arc_ds.errors import ArcError
+from arc_ds.errors import ArcError, ConfigError
 from arc_ds.tracking.uris import HOST_AND_PORT, without_secret
 
 # HTTP statuses of a server that is busy or restarts.
@@ -60,6 +62,23 @@ def remedy(error: BaseException, uri: str) -> str:
     return "Correct tracking.uri, or MLFLOW_TRACKING_URI, which overrides it. "
 
 
+@contextmanager
+def explained(uri: str, failure: str, kind: type[ArcError] = ConfigError) -> Iterator[None]:
+    """A block that talks to a store for a user, who waits. Errors of the store get words and a remedy.
+
+    failure: first words of the message.
+    kind: class of the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_of_store = isinstance(error, OSError | sqlite3.Error) or _is_a(error, "sqlalchemy.exc", "SQLAlchemyError")
+        if not is_of_store and _status(error) is None:
+            raise
+        cure = remedy(error, uri) if is_lasting(error, uri) else "Try again when the store answers. "
+        raise kind(f"{failure} at {without_secret(uri)}: {words_of(error)}. {cure}".rstrip()) from error
+
+
 def _verdict(error: BaseException) -> bool | None:
     """Whether this error is lasting; None if its cause decides."""
     if isinstance(error, ArcError | ImportError):
@@ -74,6 +93,8 @@ def _verdict(error: BaseException) -> bool | None:
         return isinstance(error, ValueError)  # a malformed URL or an unknown scheme
     if (code := getattr(error, "sqlite_errorcode", None)) is not None:
         return code & 0xFF in _LASTING_SQLITE
+    if isinstance(error, sqlite3.OperationalError):
+        return False  # before Python 3.11, which has no codes; a locked database is such an error
     if _is_a(error, "sqlalchemy.exc", "DBAPIError", "TimeoutError"):
         return None if hasattr(error.__cause__, "sqlite_errorcode") else False
     if isinstance(error, OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -52,6 +53,13 @@ def load_state(folder: Path, *, uri: str, resumed_step: int, run_id: str | None)
         found = TrackingState(run_key=found.run_key, uri=uri)
     # Describe the run again at each start: a resumed run may have other hosts or overrides.
     return replace(found, sent_step=min(found.sent_step, resumed_step), described=False)
+
+
+def recorded_uri(folder: Path) -> str | None:
+    """The store that a run's folder records; None if it records none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))["uri"])
+    return None
 
 
 def save_state(folder: Path, state: TrackingState) -> None:

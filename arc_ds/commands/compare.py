@@ -23,7 +23,7 @@ from arc_ds.system.user_paths import path_argument, user_path
 from arc_ds.tracking.registration import find_mlflow_run
 
 _SHOWN = ("runs", "groups", "config", "evaluation", "speed", "environment")
-_SHOWN_FOR_FEW = ("runs", "groups", "config", "at", "evaluation", "speed", "environment")
+_SHOWN_FOR_FEW = ("runs", "groups", "config", "at", "equal", "evaluation", "speed", "environment")
 _ROWS, _ROWS_FOR_FEW = 25, 60  # of a table in the terminal
 _ARTIFACTS = "comparison"
 

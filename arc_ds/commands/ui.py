@@ -20,7 +20,7 @@ from arc_ds.tracking.database import artifact_folder, for_mlflow, set_environmen
 from arc_ds.tracking.faults import words_of
 from arc_ds.tracking.liveness import mark_dead_runs
 from arc_ds.tracking.metrics_log import METRICS_NAME
-from arc_ds.tracking.tracking_state import recorded_uri
+from arc_ds.tracking.tracking_state import recorded
 from arc_ds.tracking.uris import (
     DATABASE,
     URI_VARIABLE,
@@ -117,9 +117,9 @@ def find_database(folder: Path | None) -> Path:
     if (found := folder.resolve() if folder.is_file() else database_of(folder)) is not None:
         return found
     folder = folder.resolve()
-    recorded = recorded_uri(folder)
-    if recorded is not None and sqlite_database(recorded) is None:
-        raise ConfigError(f"the run in {folder} is tracked by the server {recorded}. Open that address in a browser.")
+    uri = recorded(folder, "uri")
+    if uri is not None and sqlite_database(uri) is None:
+        raise ConfigError(f"the run in {folder} is tracked by the server {uri}. Open that address in a browser.")
     if not folder.is_dir():
         raise ConfigError(f"{folder} does not exist. Give the folder that holds your runs: arc-ds ui FOLDER")
     raise ConfigError(f"{folder} holds no MLflow store ({DATABASE}). {_remedy(folder)}")

@@ -124,9 +124,8 @@ def group_by_seed(runs: Sequence[ComparedRun], differences: Mapping[str, Sequenc
     members: dict[object, list[int]] = defaultdict(list)
     for place, run in enumerate(runs):
         values = tuple(differences[key][place] for key in keys)
-        # Two runs of one seed are repetitions, not seeds, but they share a config all the same.
         members[values if run.config else place].append(place)
-    groups = [RunGroup(_group_label([runs[place].name for place in found]), tuple(found)) for found in members.values()]
+    groups = [RunGroup(_group_label([runs[place] for place in found]), tuple(found)) for found in members.values()]
     labels = [group.label for group in groups]
     return [
         group
@@ -136,11 +135,13 @@ def group_by_seed(runs: Sequence[ComparedRun], differences: Mapping[str, Sequenc
     ]
 
 
-def _group_label(names: Sequence[str]) -> str:
+def _group_label(runs: Sequence[ComparedRun]) -> str:
+    names = [run.name for run in runs]
     if len(names) == 1:
         return names[0]
     common = _END_OF_SEEDS.sub("", _common_start(names))
-    return f"{common or names[0]} ({len(names)} seeds)"
+    is_of_seeds = len({run.config.get(SEED) for run in runs}) == len(runs)  # else some are repetitions
+    return f"{common or names[0]} ({len(names)} {'seeds' if is_of_seeds else 'runs'})"
 
 
 def shorten(values: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from arc_ds.comparison.mlflow_runs import Store, find_run, open_store, read_runs
 from arc_ds.comparison.runs import ComparedRun, with_unique_names
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.system.user_paths import user_path
+from arc_ds.tracking.tracking_state import recorded
 from arc_ds.tracking.uris import DATABASE, database_of, default_folders, default_store, sqlite_uri
 
 
@@ -28,6 +29,8 @@ class Inputs(NamedTuple):
 def find_inputs(names: Sequence[str], experiment: str | None, uri: str | None) -> Inputs:
     """Read all runs that the arguments name, in their order and then those of the experiment, each once.
 
+    A run that is named by its folder and in MLflow is read from its folder.
+
     names: folders of runs, folders that hold runs, result folders, ids or names of runs in MLflow.
     experiment: name of an experiment in MLflow.
     uri: tracking store, see `find_store`.
@@ -37,6 +40,8 @@ def find_inputs(names: Sequence[str], experiment: str | None, uri: str | None) -
     paths = {name: Path(user_path(name)) for name in names}
     results = [path for path in paths.values() if is_result_folder(path)]
     folders = {name: find_run_folders(path) for name, path in paths.items() if path.exists() and path not in results}
+    places = {place.resolve(): place for found in folders.values() for place in found}
+    known = {recorded(place, "run_id") for place in places}
     unknown = [name for name, path in paths.items() if not path.exists()]
     stored = {}
     if unknown or experiment is not None:
@@ -44,10 +49,10 @@ def find_inputs(names: Sequence[str], experiment: str | None, uri: str | None) -
         wanted = {name: [find_run(store, name)] for name in unknown}
         if experiment is not None:
             wanted[""] = runs_of_experiment(store, experiment)
+        wanted = {name: [run for run in found if run.info.run_id not in known] for name, found in wanted.items()}
         flat = {run.info.run_id: run for found in wanted.values() for run in found}
         read = dict(zip(flat, read_runs(store, list(flat.values())), strict=True))
         stored = {name: [read[run.info.run_id] for run in found] for name, found in wanted.items()}
-    places = {place.resolve(): place for found in folders.values() for place in found}
     bar = tqdm(places.items(), desc="read runs", unit="run", disable=None, leave=False)
     by_place = {resolved: read_run_folder(place) for resolved, place in bar}
     in_order = {name: [by_place[place.resolve()] for place in found] for name, found in folders.items()} | stored

@@ -22,7 +22,7 @@ from arc_ds.tracking.database import open_client
 from arc_ds.tracking.metrics_log import METRICS_NAME
 from arc_ds.tracking.mlflow_server import FOLDER_TAG
 from arc_ds.tracking.system_metrics import SYSTEM_FOLDER
-from arc_ds.tracking.tracking_state import STATE_NAME
+from arc_ds.tracking.tracking_state import recorded
 from arc_ds.tracking.uris import sqlite_uri
 
 FACTS_NAME = "facts.json"
@@ -94,9 +94,8 @@ def life_of_run(run_id: str, run_dir: str, database: Path | None) -> Life | None
     database: the sqlite store, which may have moved together with the folder.
     """
     for folder in (Path(run_dir), *(() if database is None else [database.parent / Path(run_dir).name])):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))["run_id"] == run_id:
-                return life_of(folder)
+        if recorded(folder, "run_id") == run_id:
+            return life_of(folder)
     return None
 
 

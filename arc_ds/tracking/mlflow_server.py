@@ -25,7 +25,7 @@ from arc_ds.tracking.database import artifact_folder, make_database, open_client
 from arc_ds.tracking.faults import is_refused
 from arc_ds.tracking.metrics_log import MetricsEntry
 from arc_ds.tracking.tracking import Tracker
-from arc_ds.tracking.tracking_state import STATE_NAME
+from arc_ds.tracking.tracking_state import recorded
 from arc_ds.tracking.uris import URI_VARIABLE, resolve_uri, sqlite_database, without_secret
 from arc_ds.version import __version__
 
@@ -352,9 +352,8 @@ class MlflowServer:
     def _is_of_original(self, run: Run) -> bool:
         """Whether a run belongs to another folder, which this one was copied from. A moved folder leaves none."""
         other = Path(run.data.tags.get(FOLDER_TAG, self._folder))
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            recorded = json.loads((other / STATE_NAME).read_text(encoding="utf-8"))["run_id"]
-            return recorded == run.info.run_id and not other.samefile(self._folder)
+        with suppress(OSError):
+            return recorded(other, "run_id") == run.info.run_id and not other.samefile(self._folder)
         return False
 
 

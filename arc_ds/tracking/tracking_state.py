@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from arc_ds.system.files import write_whole
 
@@ -55,10 +56,11 @@ def load_state(folder: Path, *, uri: str, resumed_step: int, run_id: str | None)
     return replace(found, sent_step=min(found.sent_step, resumed_step), described=False)
 
 
-def recorded_uri(folder: Path) -> str | None:
-    """The store that a run's folder records; None if it records none."""
+def recorded(folder: Path, key: Literal["uri", "run_id"]) -> str | None:
+    """The store that a run's folder records, or MLflow's id of the run; None if it records none."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))["uri"])
+        value = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))[key]
+        return value if isinstance(value, str) else None
     return None
 
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 from arc_ds.errors import ConfigError
 from arc_ds.system.user_paths import user_path
 from arc_ds.tracking.metrics_log import METRICS_NAME
-from arc_ds.tracking.tracking_state import recorded_uri
+from arc_ds.tracking.tracking_state import recorded
 
 HOST_AND_PORT = re.compile(r"[\w.-]+:\d+")
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -74,7 +74,7 @@ def default_store() -> str | None:
 def database_of(folder: Path) -> Path | None:
     """The database of a folder of runs or of a run's folder; None if there is none.
 
-    A run has its own database, as those of earlier versions, or the recorded one, or that beside its folder.
+    A run has a database in its folder, as those of earlier versions, or the recorded one, or one next to its folder.
     """
     folder = folder.resolve()
     return next(filter(is_filled, _places_of_database(folder)), None)
@@ -82,8 +82,8 @@ def database_of(folder: Path) -> Path | None:
 
 def _places_of_database(folder: Path) -> Iterator[Path]:
     yield folder / DATABASE
-    recorded = recorded_uri(folder)
-    if recorded is not None and (database := sqlite_database(recorded)) is not None:
+    uri = recorded(folder, "uri")
+    if uri is not None and (database := sqlite_database(uri)) is not None:
         yield database
     if (folder / METRICS_NAME).is_file():
         yield folder.parent / DATABASE

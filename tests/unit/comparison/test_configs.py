@@ -36,6 +36,8 @@ def test_runs_that_differ_in_the_seed_only_are_a_group() -> None:
     ]
     groups = group_by_seed(runs, config_differences(runs))
     assert [(group.label, group.members) for group in groups] == [("lr1 (2 seeds)", (0, 2)), ("lr2", (1,))]
+    again = [run("first"), run("again")]
+    assert [group.label for group in group_by_seed(again, config_differences(again))] == ["first (2 runs)"]
 
 
 def test_settings_that_do_not_change_results_come_last_and_split_no_group() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,6 +160,9 @@ def test_names_of_folders_and_of_runs_may_be_mixed(store: Store, tmp_path: Path)
     write_run(tmp_path / "mine", {"train/loss": {1: 1.0}}, {"seed": 1})
     inputs = find_inputs(["b", "mine", "b"], None, store.uri)
     assert [run.name for run in inputs.runs] == ["b", "mine"]
+    state = {"run_id": find_run(store, "b").info.run_id}
+    (tmp_path / "mine" / "tracking_state.json").write_text(json.dumps(state))
+    assert [run.source for run in find_inputs(["b", "mine"], None, store.uri).runs] == ["mine"], "it is the same run"
 
 
 def test_the_store_is_found_in_the_folder_of_the_runs(

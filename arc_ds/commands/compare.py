@@ -48,7 +48,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--tracking-uri",
         type=user_path,
         metavar="URI",
-        help="MLflow's server or database (default: MLFLOW_TRACKING_URI, or mlflow.db in $RUNS, . or ./runs)",
+        help="MLflow's server or database, or the folder that holds it (default: MLFLOW_TRACKING_URI, or mlflow.db in "
+        "$RUNS, . or ./runs)",
     )
     parser.add_argument(
         "--best",

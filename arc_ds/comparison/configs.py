@@ -114,9 +114,9 @@ def _differing(known: Sequence[Mapping[str, str]], every: Sequence[Mapping[str, 
 
 
 def group_by_seed(runs: Sequence[ComparedRun], differences: Mapping[str, Sequence[str]]) -> list[RunGroup]:
-    """Group the runs that differ in nothing but the seed that defines results, in the order of their first runs.
+    """Group runs that share all keys that define results, except the seed.
 
-    Each group has a unique label.
+    The groups follow the order of their first runs. Each has a unique label.
 
     differences: `config_differences` of the runs.
     """

@@ -58,11 +58,7 @@ def find_inputs(names: Sequence[str], experiment: str | None, uri: str | None) -
     in_order = {name: [by_place[place.resolve()] for place in found] for name, found in folders.items()} | stored
     runs = list({run.source: run for name in (*paths, "") for run in in_order.get(name, ())}.values())
     labels = with_unique_names([(run.name, run.source) for run in runs])
-    return Inputs(tuple(_renamed(run, label) for run, label in zip(runs, labels, strict=True)), tuple(results))
-
-
-def _renamed(run: ComparedRun, name: str) -> ComparedRun:
-    return replace(run, name=name)
+    return Inputs(tuple(replace(run, name=label) for run, label in zip(runs, labels, strict=True)), tuple(results))
 
 
 def find_store(uri: str | None, wanted: Sequence[str] = ()) -> Store:

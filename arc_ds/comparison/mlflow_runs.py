@@ -20,8 +20,7 @@ from arc_ds.comparison.folders import as_text, digests_by_name, split_tags
 from arc_ds.comparison.mlflow_points import Points, read_points
 from arc_ds.comparison.runs import ComparedRun
 from arc_ds.errors import DataError, StorageError
-from arc_ds.system.packages import require
-from arc_ds.tracking.database import artifact_folder, for_mlflow, home, paged, set_environment
+from arc_ds.tracking.database import artifact_folder, open_client, paged
 from arc_ds.tracking.faults import explained, words_of
 from arc_ds.tracking.liveness import life_of_run
 from arc_ds.tracking.mlflow_server import FOLDER_TAG, PARAM_CHARS, TAG_CHARS
@@ -51,18 +50,14 @@ def open_store(uri: str) -> Store:
 
     Raises StorageError if it does not answer, and if an sqlite file does not exist (MLflow would create it).
     """
-    require("mlflow")
     database = sqlite_database(uri)
     if database is not None and not is_filled(database):
         raise StorageError(
             f"{database}, the MLflow database to read, does not exist or is empty. Give the one of your runs with "
             "--tracking-uri, for example sqlite:///runs/mlflow.db, or compare the folders of the runs."
         )
-    set_environment()
-    with home():
-        from mlflow import MlflowClient
     with explained(uri, "no MLflow store answers", StorageError):
-        store = Store(uri, MlflowClient(tracking_uri=for_mlflow(uri)))
+        store = Store(uri, open_client(uri))
         store.client.search_experiments(max_results=1)
     return store
 
@@ -142,8 +137,8 @@ def read_runs(store: Store, runs: Sequence[Run]) -> list[ComparedRun]:
     """Read configs and all points of different runs, with a progress bar. Raises StorageError if the store fails."""
     bar = tqdm(total=len(runs), desc="read runs", unit="run", disable=None, leave=False)
     with bar, ThreadPoolExecutor(_THREADS) as pool, _reading(store):
+        points = read_points(store.client, store.uri, runs, pool, bar)  # first, because they end at a dead server
         texts = list(pool.map(lambda run: _artifacts(store, run), runs))
-        points = read_points(store.client, store.uri, runs, pool, bar)
     database = sqlite_database(store.uri)
     return [_compared(*each, database) for each in zip(runs, texts, points, strict=True)]
 

@@ -334,6 +334,8 @@ def _notes(runs: Sequence[ComparedRun], differences: dict[str, list[str]], at_st
         notes.append(
             "data.batch_size differs, so equal steps are not equal work. Compare with --x tokens or --x flops."
         )
+    if axis == "step" and "steps" in differences:
+        notes.append("steps differs, so at equal steps the runs are at other places of their learning-rate schedules.")
     for run in runs:
         # A gap is not defined if the full text does not help.
         lost = {name: num for name, num in non_finite_counts(run.curves).items() if not name.endswith("gap_closed")}

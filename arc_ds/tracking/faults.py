@@ -19,6 +19,7 @@ _PASSING_STATUS = frozenset({408, 409, 425, 429, 499})
 _DATABASE_CODE = "BAD_REQUEST"
 # Numbers of SQLite (Python 3.11 and later): no permission, read-only, damaged, cannot be opened, not a database.
 _LASTING_SQLITE = frozenset({3, 8, 11, 14, 26})
+_DAMAGED = 11
 _LASTING_ERRNO = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 )
@@ -57,6 +58,8 @@ def remedy(error: BaseException, uri: str) -> str:
         )
     if any(isinstance(each, ssl.SSLCertVerificationError) for each in _chain(error)):
         return "Set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of the server's authority. "
+    if any(getattr(each, "sqlite_errorcode", 0) & 0xFF == _DAMAGED for each in _chain(error)):
+        return "Restore that file, or remove it: each run fills a new one from its metrics.jsonl at its next start. "
     if host := HOST_AND_PORT.match(uri):
         return f"Set tracking.uri to http://{host[0]}. "
     return "Correct tracking.uri, or MLFLOW_TRACKING_URI, which overrides it. "

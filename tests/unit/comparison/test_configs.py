@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from arc_ds.comparison.configs import config_differences, fact_differences, group_by_seed, shorten
@@ -63,6 +65,10 @@ def test_paths_are_noise_only_if_the_digests_of_all_runs_are_known() -> None:
     assert config_differences([*runs, other]) == {"digest.encoder.backbone": ["1", "1", "4"]}
     unknown = [run(name, **{key: pair[idx] for key, pair in PLACES.items()}) for idx, name in enumerate("ab")]
     assert set(config_differences(unknown)) == set(PLACES)
+    assert set(config_differences([runs[0], unknown[1]])) == {*PLACES, *known}
+    for digest, place in zip(known, PLACES, strict=True):
+        part = [replace(each, config={k: v for k, v in each.config.items() if k != digest}) for each in runs]
+        assert config_differences(part).keys() == {place}
     assert len(group_by_seed(unknown, config_differences(unknown))) == 2
 
 

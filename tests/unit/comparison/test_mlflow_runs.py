@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,6 +136,18 @@ def test_a_store_that_fails_is_an_error_with_a_remedy(store: Store, monkeypatch:
     monkeypatch.setattr(mlflow_points, "_by_sql", fail)
     with pytest.raises(StorageError, match="cannot be read at sqlite"):
         read_runs(store, [run])
+
+
+def test_a_damaged_database_is_named_at_once(store: Store, tmp_path: Path) -> None:
+    """MLflow itself would try for 100 s."""
+    (tmp_path / "text.db").write_text("no database" * 100)
+    whole = Path(store.uri.removeprefix("sqlite:///")).read_bytes()
+    (tmp_path / "half.db").write_bytes(whole[: len(whole) // 2])
+    started = time.monotonic()
+    for name, words in (("text", "not a database. Correct tracking.uri"), ("half", "malformed. Restore that file")):
+        with pytest.raises(StorageError, match=f"answers at sqlite.*{words}"):
+            open_store(f"sqlite:///{tmp_path}/{name}.db")
+    assert time.monotonic() - started < 60
 
 
 def test_runs_that_cannot_be_found_are_named_with_a_remedy(store: Store) -> None:

@@ -97,6 +97,8 @@ def test_scores_on_different_held_out_data_are_marked_and_order_nothing() -> Non
     assert "not comparable: a, a (aaaaaaaa); b (bbbbbbbb)" in comparison.notes[0]
     with pytest.raises(DataError, match=r"cannot order these runs: .* such as train/loss"):
         compare_runs(runs, Options(best=f"{NLL}:min"))
+    other = make_run("other", {"train/loss": {1: 2.0}}, {"digest.held-out": "b" * 36})
+    assert compare_runs([*runs[:2], other], Options()).best[0] == NLL, "it has no such score"
     unknown = make_run("old", points)
     assert compare_runs([runs[0], unknown], Options(best=NLL)).notes == ()
 
@@ -202,6 +204,8 @@ def test_speed_is_a_median_without_the_first_report_and_memory_a_peak() -> None:
 def test_a_batch_size_that_differs_is_noted() -> None:
     runs = [make_run(name, {"m": {1: 1.0}}, {"data.batch_size": name}) for name in "12"]
     assert any("equal steps are not equal work" in note for note in compare_runs(runs, Options()).notes)
+    runs = [make_run(name, {"m": {1: 1.0}}, {"steps": name}) for name in "12"]
+    assert any("other places of their learning-rate schedules" in note for note in compare_runs(runs, Options()).notes)
 
 
 @pytest.mark.parametrize(

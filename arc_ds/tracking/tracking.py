@@ -171,8 +171,12 @@ class _Sender(threading.Thread):
 
     def has_sent_all(self) -> bool:
         """Whether all entries of the file and the run's description have been sent."""
-        size = self._path.stat().st_size if self._path.is_file() else 0  # the folder may have been moved
-        return self.state.described and self._position is not None and self._position >= size
+        if not self.state.described or self._position is None:
+            return False
+        try:
+            return self._position >= self._path.stat().st_size
+        except FileNotFoundError:  # the folder was moved or removed while the run works
+            return False
 
     def advance(self) -> bool:
         """Open the run if needed and send one batch. Returns False on failure; each kind of failure is logged once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -151,6 +152,11 @@ def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypat
             MlflowServer(uri, TrackingConfig(), facts, tmp_path)
     assert not (tmp_path / "mlflow.db").exists()
     (tmp_path / ".mlflow.db-new" / "left-by-a-kill").mkdir(parents=True)
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "this file system has no hard links")
+
+    monkeypatch.setattr(os, "link", no_links)
     tracker = _start(tmp_path / "run", {"seed": 0})
     tracker.log(1, {"loss": 1.0})
     assert tracker.close(timeout_s=LIMIT_S)

@@ -41,7 +41,7 @@ def test_a_folder_of_runs_a_run_and_a_file_lead_to_the_store(tmp_path: Path, mon
     assert find_database(_run(tmp_path / "runs" / "far", f"sqlite:///{elsewhere}")) == elsewhere
     for name in ("MLFLOW_TRACKING_URI", "RUNS"):
         monkeypatch.delenv(name, raising=False)
-    for place in (tmp_path / "runs", tmp_path):
+    for place in (tmp_path, tmp_path / "runs"):
         monkeypatch.chdir(place)
         assert find_database(None) == shared
     monkeypatch.setenv("RUNS", str(elsewhere.parent))

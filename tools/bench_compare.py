@@ -1,6 +1,6 @@
-"""Time and memory of `arc-ds compare` on synthetic runs, from folders and from one MLflow database.
+"""Time and memory of `arc-ds compare` on synthetic runs, from folders, from one MLflow database, and from a server.
 
-    python tools/bench_compare.py --runs 100 --steps 2000 --metrics 30
+    python tools/bench_compare.py --runs 100 --steps 2000 --metrics 30 --server
 
 Writes the runs to a temporary folder and to an sqlite store there, and compares each set in a process of its own. The
 runs are a sweep: learning rates and batch sizes, three seeds each.
@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +151,29 @@ def measure(arguments: list[str]) -> tuple[float, float]:
     return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
+@contextmanager
+def serving(database: Path) -> Iterator[str]:
+    """Address of an MLflow server on a database, which ends with the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "arc_ds.cli", "ui", str(database), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert server.stdout is not None and server.stdout.readline(), "the server did not start"
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def main() -> None:
     """Write the runs, compare them, and print a line for each origin."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--metrics", type=int, default=30)
+    parser.add_argument("--server", action="store_true", help="also read the database through an MLflow server")
     parser.add_argument("--keep", type=Path, help="write the runs and pages there, and keep them")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="arc_ds_bench_") as made:
@@ -165,13 +183,20 @@ def main() -> None:
         if not (folder / "runs").exists():
             write_folders(folder / "runs", *sizes)
             write_store(folder / "mlflow.db", *sizes)
-        store = [f"--tracking-uri=sqlite:///{folder.resolve() / 'mlflow.db'}", "--experiment=sweep"]
-        for name, where in (("folders", [str(folder / "runs")]), ("mlflow.db", store)):
-            seconds, peak_mib = measure([*where, f"--out={folder / f'page_{name}'}"])
-            print(
-                f"{name:10s} {args.runs} runs x {args.steps} steps x {args.metrics} metrics: "
-                f"{seconds:.1f} s, peak of all so far {peak_mib:.0f} MiB"
-            )
+        database = folder.resolve() / "mlflow.db"
+        with serving(database) if args.server else nullcontext() as address:
+            origins = {"folders": [str(folder / "runs")], "mlflow.db": _experiment(f"sqlite:///{database}")}
+            origins |= {"server": _experiment(address)} if address else {}
+            for name, where in origins.items():
+                seconds, peak_mib = measure([*where, f"--out={folder / f'page_{name}'}"])
+                print(
+                    f"{name:10s} {args.runs} runs x {args.steps} steps x {args.metrics} metrics: "
+                    f"{seconds:.1f} s, peak of all so far {peak_mib:.0f} MiB"
+                )
+
+
+def _experiment(uri: str) -> list[str]:
+    return [f"--tracking-uri={uri}", "--experiment=sweep"]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from arc_ds.system.user_paths import path_argument, user_path
 from arc_ds.tracking.registration import find_mlflow_run
 
 _SHOWN = ("runs", "groups", "config", "evaluation", "speed", "environment")
-_SHOWN_FOR_FEW = ("runs", "groups", "config", "at", "evaluation", "speed", "environment")
+_SHOWN_FOR_FEW = ("runs", "groups", "config", "at", "equal", "evaluation", "speed", "environment")
 _ROWS, _ROWS_FOR_FEW = 25, 60  # of a table in the terminal
 _ARTIFACTS = "comparison"
 
@@ -48,7 +48,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--tracking-uri",
         type=user_path,
         metavar="URI",
-        help="MLflow's server or database (default: MLFLOW_TRACKING_URI, or mlflow.db in $RUNS, . or ./runs)",
+        help="MLflow's server or database, or the folder that holds it (default: MLFLOW_TRACKING_URI, or mlflow.db in "
+        "$RUNS, . or ./runs)",
     )
     parser.add_argument(
         "--best",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import socket
@@ -18,9 +17,20 @@ from arc_ds.errors import ConfigError
 from arc_ds.system.packages import require
 from arc_ds.system.user_paths import path_argument
 from arc_ds.tracking.database import artifact_folder, for_mlflow, set_environment
+from arc_ds.tracking.faults import words_of
+from arc_ds.tracking.liveness import mark_dead_runs
 from arc_ds.tracking.metrics_log import METRICS_NAME
-from arc_ds.tracking.tracking_state import STATE_NAME
-from arc_ds.tracking.uris import DATABASE, sqlite_database, sqlite_uri
+from arc_ds.tracking.tracking_state import recorded
+from arc_ds.tracking.uris import (
+    DATABASE,
+    URI_VARIABLE,
+    database_of,
+    default_folders,
+    default_store,
+    sqlite_database,
+    sqlite_uri,
+    without_secret,
+)
 
 _START_S = 120.0  # importing MLflow on a busy machine
 _STOP_S = 2.0  # its parent process does not end by itself
@@ -35,9 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "folder",
         nargs="?",
-        default=Path(),
         type=path_argument,
-        help="a folder that holds runs, a run's folder, or a database; default: the current folder",
+        help="a folder that holds runs, a run's folder, or a database; default: the first with a store of $RUNS, . and "
+        "./runs",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine")
     parser.add_argument("--port", default=_PORT, type=int, help="port; 0 chooses a free one; default: %(default)s")
@@ -48,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve the store until Ctrl-C; return 0. Raises ConfigError if there is none, or the port is taken."""
     require("mlflow")
     database = find_database(args.folder)
-    port = _free_port(args.host, args.port, args.folder)
+    port = _free_port(args.host, args.port, args.folder or database.parent)
     set_environment()
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", args.host, "--port", str(port), "--workers", "1"),
@@ -63,12 +73,22 @@ def run(args: argparse.Namespace) -> int:
     try:
         url = f"http://{_in_url(args.host)}:{port}"
         _await(server, url, database)
+        _tell_dead_runs(database)
         print(f"{database} is open at {url} (Ctrl-C ends it)", flush=True)
         return int(server.wait())
     except KeyboardInterrupt:
         return 0
     finally:
         _stop(server)
+
+
+def _tell_dead_runs(database: Path) -> None:
+    """Mark runs whose process has ended without a word. The page opens also if that fails."""
+    try:
+        for name, words in mark_dead_runs(database).items():
+            print(f"{name} is marked as running, but {words}", flush=True)
+    except Exception as error:  # another program may hold the database
+        print(f"runs that were killed stay RUNNING: {words_of(error)}", file=sys.stderr)
 
 
 def _interrupt(*_: object) -> None:
@@ -81,34 +101,28 @@ def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def find_database(folder: Path) -> Path:
+def find_database(folder: Path | None) -> Path:
     """The database of a folder of runs, of a run's folder, or the given file itself.
+
+    folder: None for the default store.
 
     Raises ConfigError that says what the folder holds instead, and what to do.
     """
-    if folder.is_file():
-        return folder.resolve()
+    if folder is None:
+        store = default_store()
+        database = None if store is None else sqlite_database(store)
+        if store is not None and database is None:
+            raise ConfigError(f"{URI_VARIABLE} is the server {without_secret(store)}. Open that address in a browser.")
+        folder = database or default_folders()[0]
+    if (found := folder.resolve() if folder.is_file() else database_of(folder)) is not None:
+        return found
     folder = folder.resolve()
-    recorded = _recorded_uri(folder)
-    own = None if recorded is None else sqlite_database(recorded)
-    candidates = [folder / DATABASE, *([own] if own is not None else [])]
-    if (folder / METRICS_NAME).is_file():
-        candidates.append(folder.parent / DATABASE)
-    for path in candidates:
-        if path.is_file() and path.stat().st_size > 0:
-            return path
-    if recorded is not None and own is None:
-        raise ConfigError(f"the run in {folder} is tracked by the server {recorded}. Open that address in a browser.")
+    uri = recorded(folder, "uri")
+    if uri is not None and sqlite_database(uri) is None:
+        raise ConfigError(f"the run in {folder} is tracked by the server {uri}. Open that address in a browser.")
     if not folder.is_dir():
         raise ConfigError(f"{folder} does not exist. Give the folder that holds your runs: arc-ds ui FOLDER")
     raise ConfigError(f"{folder} holds no MLflow store ({DATABASE}). {_remedy(folder)}")
-
-
-def _recorded_uri(folder: Path) -> str | None:
-    """The store that a run's folder records; None if it records none."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))["uri"])
-    return None
 
 
 def _remedy(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,8 @@ from arc_ds.comparison.mlflow_runs import Store, find_run, open_store, read_runs
 from arc_ds.comparison.runs import ComparedRun, with_unique_names
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.system.user_paths import user_path
-from arc_ds.tracking.uris import URI_VARIABLE, sqlite_uri
-
-_DATABASE = "mlflow.db"
+from arc_ds.tracking.tracking_state import recorded
+from arc_ds.tracking.uris import DATABASE, database_of, default_folders, default_store, sqlite_uri
 
 
 class Inputs(NamedTuple):
@@ -31,6 +29,8 @@ class Inputs(NamedTuple):
 def find_inputs(names: Sequence[str], experiment: str | None, uri: str | None) -> Inputs:
     """Read all runs that the arguments name, in their order and then those of the experiment, each once.
 
+    A run that is named by its folder and in MLflow is read from its folder.
+
     names: folders of runs, folders that hold runs, result folders, ids or names of runs in MLflow.
     experiment: name of an experiment in MLflow.
     uri: tracking store, see `find_store`.
@@ -40,6 +40,8 @@ def find_inputs(names: Sequence[str], experiment: str | None, uri: str | None) -
     paths = {name: Path(user_path(name)) for name in names}
     results = [path for path in paths.values() if is_result_folder(path)]
     folders = {name: find_run_folders(path) for name, path in paths.items() if path.exists() and path not in results}
+    places = {place.resolve(): place for found in folders.values() for place in found}
+    known = {recorded(place, "run_id") for place in places}
     unknown = [name for name, path in paths.items() if not path.exists()]
     stored = {}
     if unknown or experiment is not None:
@@ -47,40 +49,43 @@ def find_inputs(names: Sequence[str], experiment: str | None, uri: str | None) -
         wanted = {name: [find_run(store, name)] for name in unknown}
         if experiment is not None:
             wanted[""] = runs_of_experiment(store, experiment)
+        wanted = {name: [run for run in found if run.info.run_id not in known] for name, found in wanted.items()}
         flat = {run.info.run_id: run for found in wanted.values() for run in found}
         read = dict(zip(flat, read_runs(store, list(flat.values())), strict=True))
         stored = {name: [read[run.info.run_id] for run in found] for name, found in wanted.items()}
-    places = {place.resolve(): place for found in folders.values() for place in found}
     bar = tqdm(places.items(), desc="read runs", unit="run", disable=None, leave=False)
     by_place = {resolved: read_run_folder(place) for resolved, place in bar}
     in_order = {name: [by_place[place.resolve()] for place in found] for name, found in folders.items()} | stored
     runs = list({run.source: run for name in (*paths, "") for run in in_order.get(name, ())}.values())
     labels = with_unique_names([(run.name, run.source) for run in runs])
-    return Inputs(tuple(_renamed(run, label) for run, label in zip(runs, labels, strict=True)), tuple(results))
-
-
-def _renamed(run: ComparedRun, name: str) -> ComparedRun:
-    return replace(run, name=name)
+    return Inputs(tuple(replace(run, name=label) for run, label in zip(runs, labels, strict=True)), tuple(results))
 
 
 def find_store(uri: str | None, wanted: Sequence[str] = ()) -> Store:
-    """Open the tracking store: the given one, that of MLFLOW_TRACKING_URI, or the first `mlflow.db` of $RUNS, the
-    current folder and ./runs.
+    """Open the tracking store: the given one, that of MLFLOW_TRACKING_URI, or the first of `default_folders`.
 
+    uri: address, database, or folder of runs.
     wanted: names that are looked up, for the error.
 
-    Raises ConfigError if there is none, and StorageError if it does not answer.
+    Raises ConfigError if there is none (DataError if names are looked up), and StorageError if it does not answer.
     """
-    given = user_path(uri or os.environ.get(URI_VARIABLE, ""))
-    if given:
-        return open_store(sqlite_uri(Path(given).resolve()) if Path(given).is_file() else given)
-    places = [Path(each) / _DATABASE for each in (os.environ.get("RUNS") or ".", ".", "runs")]
-    database = next((each for each in places if each.is_file()), None)
-    if database is None:
-        subject = f"no folder {wanted[0]!r} exists here, and no MLflow store" if wanted else "no MLflow store"
-        error = DataError if wanted else ConfigError
-        raise error(
-            f"{subject} was found (looked for {', '.join(dict.fromkeys(map(str, places)))}). Give the folder of the "
-            "run, or the store with --tracking-uri, such as sqlite:///runs/mlflow.db or http://host:5000."
+    path = Path(user_path(uri or ""))
+    if uri and path.is_file():
+        return open_store(sqlite_uri(path.resolve()))
+    if uri and not path.is_dir():
+        return open_store(user_path(uri))
+    folders = [path] if uri else default_folders()
+    found = default_store() if not uri else (database := database_of(path)) and sqlite_uri(database)
+    if found:
+        return open_store(found)
+    subject = f"no folder {wanted[0]!r} exists here, and no MLflow store" if wanted else "no MLflow store"
+    looked = ", ".join(str(folder / DATABASE) for folder in folders)
+    own = next((each for folder in folders for each in sorted(folder.glob(f"*/{DATABASE}"))), None)
+    if own is not None:
+        remedy = f"Each run in {own.parents[1]} has a store of its own: compare the folders of the runs."
+    else:
+        remedy = (
+            "Give the folder of the run, or the store with --tracking-uri, such as sqlite:///runs/mlflow.db or "
+            "http://host:5000."
         )
-    return open_store(sqlite_uri(database.resolve()))
+    raise (DataError if wanted else ConfigError)(f"{subject} was found (looked for {looked}). {remedy}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from arc_ds.comparison.runs import ComparedRun, Curve, make_curve
 from arc_ds.config.load import flatten_tree
 from arc_ds.errors import DataError
 from arc_ds.system.user_files import read_user_text
+from arc_ds.tracking.liveness import FACTS_NAME, life_of
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
+from arc_ds.tracking.mlflow_server import DIGEST_CHARS, HELD_OUT
 
-CONFIG_NAME, FACTS_NAME = "config.yaml", "facts.json"
-DIGEST, DEEPSPEED = "digest", "deepspeed"
+CONFIG_NAME = "config.yaml"
+DIGEST = "digest"
+_COMMIT = "mlflow.source.git.commit"
 
 
 def find_run_folders(path: Path) -> list[Path]:
@@ -56,17 +60,42 @@ def read_run_folder(folder: Path) -> ComparedRun:
     curves, clock, notes = read_curves(folder / METRICS_NAME)
     facts = _read_facts(folder / FACTS_NAME)
     config = _read_config(folder, facts)
-    # As in MLflow, where digests are cut and keys are short.
-    digests = {f"{DIGEST}.{name}": digest[:36] for name, digest in facts.get("datasets", {}).items()}
+    digests = [(Path(name).name or name, digest) for name, digest in _section(facts, "datasets").items()]
+    if isinstance(held_out := facts.get("held_out"), str):
+        digests.append((HELD_OUT, held_out))
+    own_facts, inputs = split_tags(_section(facts, "tags"))
+    life = life_of(folder)
+    if life.status in ("DEAD", "SILENT"):
+        notes.append(f"It was killed or lost: {life.words}")
+    is_whole = len(clock.steps) > 0 and str(clock.steps[-1]) == config.get("steps")
     return ComparedRun(
         name=folder.resolve().name,
         source=str(folder),
-        config={**config, **digests},
+        config={**config, **digests_by_name(digests), **inputs},
         curves=curves,
         clock=clock,
-        facts=_with_commit(facts.get("tags", {})),
+        facts={"status": "FINISHED" if is_whole and life.status == "STOPPED" else life.status, **own_facts},
         notes=tuple(notes),
     )
+
+
+def split_tags(tags: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The tags of a run as facts, without those of MLflow and of the tracker, and as digests of its inputs."""
+    commit = {"commit": tags[_COMMIT]} if _COMMIT in tags else {}
+    own = {key: value for key, value in tags.items() if not key.startswith(("mlflow.", "changed.", "arc_ds."))}
+    inputs = {key: own.pop(key) for key in list(own) if key.startswith(f"{DIGEST}.")}
+    return {**commit, **own}, inputs
+
+
+def digests_by_name(digests: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Keys of a config for digests of data. Different data of one name share a key.
+
+    digests: name and digest of each dataset.
+    """
+    found: dict[str, list[str]] = {}
+    for name, digest in digests:
+        found.setdefault(f"{DIGEST}.{name}", []).append(digest[:DIGEST_CHARS])  # as in MLflow, which limits them
+    return {key: " + ".join(sorted(each)) for key, each in found.items()}
 
 
 def read_curves(path: Path) -> tuple[dict[str, Curve], Curve, list[str]]:
@@ -88,10 +117,8 @@ def read_curves(path: Path) -> tuple[dict[str, Curve], Curve, list[str]]:
                 values[name].append(value)
     curves = {name: make_curve(np.asarray(steps[name]), np.asarray(values[name])) for name in sorted(steps)}
     clock = make_curve(np.asarray(clock_steps), np.asarray(times))
-    notes = []
-    if not curves:
-        notes.append("It has no metrics.")
-    elif (lost := _lines_after(path, end)) > 0:
+    notes = [] if curves else ["It has no metrics."]
+    if path.is_file() and (lost := _lines_after(path, end)) > 0:
         notes.append(f"{METRICS_NAME} is damaged at byte {end:,}; {lost} later line(s) are left out.")
     return curves, clock, notes
 
@@ -103,8 +130,9 @@ def _lines_after(path: Path, start: int) -> int:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
-def _with_commit(tags: dict[str, str]) -> dict[str, str]:
-    return {{"mlflow.source.git.commit": "commit"}.get(key, key): value for key, value in tags.items()}
+def _section(facts: dict[str, Any], name: str) -> dict[str, str]:
+    found = facts.get(name)
+    return {key: str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

@@ -12,11 +12,15 @@ from tqdm import tqdm
 
 from arc_ds.comparison.configs import (
     RunGroup,
+    check_held_out,
     config_differences,
     fact_differences,
     group_by_seed,
+    held_out_notes,
+    is_incomparable,
     shorten,
 )
+from arc_ds.comparison.equal_work import equal_work_table
 from arc_ds.comparison.panels import Axis, Panel, make_panel, x_axes
 from arc_ds.comparison.runs import ComparedRun, metric_names
 from arc_ds.comparison.summary import (
@@ -70,8 +74,8 @@ class Comparison:
 
     groups: seeds grouped; the best group comes first.
     metrics: shown metrics; the first `num_main` of them are the main ones.
-    tables: "runs", "groups" if there are seeds, "config", "last", "best", "at", "evaluation", "speed", "environment";
-        those without rows are left out.
+    tables: "runs", "groups" if there are seeds, "config", "last", "best", "at", "equal", "evaluation", "speed",
+        "environment"; those without rows are left out.
     notes: sentences about faults and about what the reader must know.
     """
 
@@ -112,7 +116,9 @@ def compare_runs(runs: Sequence[ComparedRun], options: Options) -> Comparison:
     Raises DataError if no run has metrics, a metric is unknown, or the runs have no common x-axis.
     """
     every = metric_names(runs)
-    best, direction = parse_best(options.best, every)
+    check_held_out(runs, options.best)
+    comparable = [name for name in every if not (options.best is None and is_incomparable(name, runs))]
+    best, direction = parse_best(options.best, comparable or every)
     runs = [runs[place] for place in order_by(runs, best, direction)]
     selected = select_metrics(options.metrics, every)
     main = main_metrics(selected, best)
@@ -130,6 +136,7 @@ def compare_runs(runs: Sequence[ComparedRun], options: Options) -> Comparison:
         _groups_table(runs, groups, best, direction, at_step),
         _config_table(names, differences),
         *_value_tables(runs, names, metrics, at_step),
+        _turned(equal_work_table(runs, names, metrics, options.axis), "metric"),
         _evaluation_table(runs, names),
         _speed_table(runs, names),
         _environment_table(runs, names),
@@ -259,6 +266,11 @@ def _value_cells(values: Sequence[str]) -> list[Cell]:
     return cells
 
 
+def _turned(table: Table, corner: str) -> Table:
+    """The table of runs, with runs as columns if they are few."""
+    return transposed(table, corner) if 0 < len(table.rows) <= FEW_RUNS else table
+
+
 def _config_table(names: Sequence[Cell], differences: dict[str, list[str]]) -> Table:
     columns = [_value_cells(values) for values in differences.values()]
     rows = tuple((name, *(column[place] for column in columns)) for place, name in enumerate(names))
@@ -310,7 +322,7 @@ def _environment_table(runs: Sequence[ComparedRun], names: Sequence[Cell]) -> Ta
 
 
 def _notes(runs: Sequence[ComparedRun], differences: dict[str, list[str]], at_step: int, axis: Axis) -> list[str]:
-    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    notes = [*held_out_notes(runs), *(f"{run.name}: {note}" for run in runs for note in run.notes)]
     notes += [
         f"{run.name}: It has no {'config.yaml' if '/' in run.source else 'config'}." for run in runs if not run.config
     ]
@@ -322,6 +334,8 @@ def _notes(runs: Sequence[ComparedRun], differences: dict[str, list[str]], at_st
         notes.append(
             "data.batch_size differs, so equal steps are not equal work. Compare with --x tokens or --x flops."
         )
+    if axis == "step" and "steps" in differences:
+        notes.append("steps differs, so at equal steps the runs are at other places of their learning-rate schedules.")
     for run in runs:
         # A gap is not defined if the full text does not help.
         lost = {name: num for name, num in non_finite_counts(run.curves).items() if not name.endswith("gap_closed")}

@@ -84,9 +84,13 @@ def _point(curve: Curve, place: int) -> Point:
 
 
 def common_step(runs: Sequence[ComparedRun]) -> int:
-    """The last step that all runs reached. Runs that ended before half of the longest one do not count."""
-    last = [run.last_step for run in runs if run.curves]
-    return min(step for step in last if step >= _SHARE_OF_LONGEST * max(last))
+    """The last step that all runs reached, see `common_end`."""
+    return int(common_end([run.last_step for run in runs if run.curves]))
+
+
+def common_end(ends: Sequence[float]) -> float:
+    """The last place that all runs reached. Runs that ended before half of the longest one do not count."""
+    return min(end for end in ends if end >= _SHARE_OF_LONGEST * max(ends))
 
 
 def parse_best(text: str | None, metrics: Sequence[str]) -> tuple[str, Direction]:

@@ -134,6 +134,11 @@ def numerics(config: RunConfig) -> dict[str, Scalar]:
     return {key: value for key, value in common(config).items() if not _matches(key, free)}
 
 
+def defines_results(key: str) -> bool:
+    """Whether a flat key is one of `numerics`, so that its value may change the results of a run."""
+    return not _matches(key, (*_OF_HOSTS, *_OF_STARTS))
+
+
 def config_hash(config: RunConfig) -> str:
     """16 hex digits, equal for two configs exactly if their `numerics` are equal. The world size is not in a config."""
     keys = {

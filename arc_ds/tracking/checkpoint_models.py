@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from arc_ds.tracking.database import paged
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Metric
@@ -79,7 +81,7 @@ def model_of_step(client: MlflowClient, run_id: str, step: int) -> LoggedModel |
 def models_of_digest(client: MlflowClient, digest: str) -> Iterator[LoggedModel]:
     """The models of a checkpoint in all experiments, oldest first. digest: of the checkpoint's manifest."""
     if digest.isalnum():  # it stands in a query
-        experiments = [each.experiment_id for each in client.search_experiments()]
+        experiments = [each.experiment_id for each in paged(client.search_experiments)]
         yield from _search(client, experiments, f"tags.`{DIGEST_TAG}` = '{digest}'")
 
 
@@ -148,13 +150,6 @@ def _experiment_of(client: MlflowClient, run_id: str) -> str:
 
 
 def _search(client: MlflowClient, experiment_ids: list[str], wanted: str) -> Iterator[LoggedModel]:
-    """All models that fit a filter, oldest first, page by page."""
-    token, oldest_first = None, [{"field_name": "creation_timestamp", "ascending": True}]
-    while True:
-        page = client.search_logged_models(
-            experiment_ids, wanted, max_results=_PER_PAGE, order_by=oldest_first, page_token=token
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
+    """All models that fit a filter, oldest first."""
+    oldest_first = [{"field_name": "creation_timestamp", "ascending": True}]
+    return paged(client.search_logged_models, experiment_ids, wanted, max_results=_PER_PAGE, order_by=oldest_first)

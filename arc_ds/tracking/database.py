@@ -9,13 +9,14 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from arc_ds.errors import ArcError
 from arc_ds.system.locks import LOCK_FILE, writing
+from arc_ds.system.packages import require
 from arc_ds.tracking.uris import sqlite_database, sqlite_uri
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def open_client(uri: str) -> MlflowClient:
 
     Any error may come: of the import, the disk or MLflow.
     """
+    require("mlflow")
     database = sqlite_database(uri)
     set_environment()
     if database is not None:
@@ -53,6 +55,17 @@ def open_client(uri: str) -> MlflowClient:
     if database is not None:
         make_database(database)
     return MlflowClient(tracking_uri=uri)
+
+
+def paged(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
+    """All results of a search of MLflow's client, which gives one page at a time."""
+    token = None
+    while True:
+        page = search(*arguments, page_token=token, **options)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def artifact_folder(database: Path) -> Path:
@@ -106,8 +119,12 @@ def _make(path: Path, workshop: Path) -> None:
         MlflowClient(tracking_uri=for_mlflow(sqlite_uri(made))).search_experiments(max_results=1)
         if path.exists() and path.stat().st_size == 0:
             path.unlink()
-        with suppress(FileExistsError):  # on a file system without locks, another run created it in the meantime
+        try:
             os.link(made, path)
+        except FileExistsError:
+            pass  # on a file system without locks, another run created it in the meantime
+        except OSError:
+            made.replace(path)  # a file system without hard links
 
 
 def _clear(workshop: Path) -> None:

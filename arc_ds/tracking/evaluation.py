@@ -7,16 +7,13 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from arc_ds.errors import ConfigError
-from arc_ds.system.packages import require
 from arc_ds.tracking.checkpoint_models import EVALUATION, link_to_source, model_of_step, models_of_digest
-from arc_ds.tracking.database import artifact_folder, home, open_client, set_environment
-from arc_ds.tracking.faults import remedy, words_of
+from arc_ds.tracking.database import artifact_folder, open_client
+from arc_ds.tracking.faults import explained
 from arc_ds.tracking.mlflow_server import DIGEST_CHARS, SOURCE_TAG, STAGE_TAG, allowed_name, experiment_of
-from arc_ds.tracking.uris import sqlite_database, without_secret
+from arc_ds.tracking.uris import sqlite_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,7 +47,7 @@ def log_evaluation(
 
     Raises ConfigError if the server cannot be reached or refuses the results.
     """
-    with _explained(uri, f"the results of the evaluation cannot be logged in the MLflow run {run_id}"):
+    with explained(uri, f"the results of the evaluation cannot be logged in the MLflow run {run_id}"):
         client = open_client(uri)
         path = _log_table(client, run_id, table, f"evaluation/step_{step:06d}/{name}")
         model = model_of_step(client, run_id, step)
@@ -71,7 +68,7 @@ def create_evaluation_run(uri: str, *, experiment: str, name: str, source_checkp
 
     Raises ConfigError like `log_evaluation`.
     """
-    with _explained(uri, f"no MLflow run {name!r} can be created"):
+    with explained(uri, f"no MLflow run {name!r} can be created"):
         client, database = open_client(uri), sqlite_database(uri)
         place = None if database is None else artifact_folder(database).as_uri()
         tags = {STAGE_TAG: "evaluation", **({} if source_checkpoint is None else {SOURCE_TAG: source_checkpoint})}
@@ -89,25 +86,11 @@ def find_run_of_checkpoint(uri: str, digest: str) -> tuple[str, int] | None:
 
     Raises ConfigError like `log_evaluation`.
     """
-    with _explained(uri, "the run of the checkpoint cannot be found"):
+    with explained(uri, "the run of the checkpoint cannot be found"):
         for model in models_of_digest(open_client(uri), digest):
             if model.source_run_id is not None:
                 return str(model.source_run_id), int(model.name.removeprefix("step_"))
     return None
-
-
-@contextmanager
-def _explained(uri: str, failure: str) -> Iterator[None]:
-    """A block that talks to a server. Its errors become a ConfigError with a remedy. failure: its first words."""
-    require("mlflow")
-    set_environment()
-    with home():
-        from mlflow.exceptions import MlflowException
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        words = f"{failure} at {without_secret(uri)}: {words_of(error)}. {remedy(error, uri)}"
-        raise ConfigError(words.rstrip()) from error
 
 
 def _log_table(client: MlflowClient, run_id: str, table: Mapping[str, Sequence[Any]], stem: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import sqlite3
 import ssl
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from arc_ds import errors
-from arc_ds.errors import ArcError
+from arc_ds.errors import ArcError, ConfigError
 from arc_ds.tracking.uris import HOST_AND_PORT, without_secret
 
 # HTTP statuses of a server that is busy or restarts.
@@ -17,6 +19,7 @@ _PASSING_STATUS = frozenset({408, 409, 425, 429, 499})
 _DATABASE_CODE = "BAD_REQUEST"
 # Numbers of SQLite (Python 3.11 and later): no permission, read-only, damaged, cannot be opened, not a database.
 _LASTING_SQLITE = frozenset({3, 8, 11, 14, 26})
+_DAMAGED = 11
 _LASTING_ERRNO = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 )
@@ -55,9 +58,28 @@ def remedy(error: BaseException, uri: str) -> str:
         )
     if any(isinstance(each, ssl.SSLCertVerificationError) for each in _chain(error)):
         return "Set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of the server's authority. "
+    if any(getattr(each, "sqlite_errorcode", 0) & 0xFF == _DAMAGED for each in _chain(error)):
+        return "Restore that file, or remove it: each run fills a new one from its metrics.jsonl at its next start. "
     if host := HOST_AND_PORT.match(uri):
         return f"Set tracking.uri to http://{host[0]}. "
     return "Correct tracking.uri, or MLFLOW_TRACKING_URI, which overrides it. "
+
+
+@contextmanager
+def explained(uri: str, failure: str, kind: type[ArcError] = ConfigError) -> Iterator[None]:
+    """A block that talks to a store for a user, who waits. Errors of the store get words and a remedy.
+
+    failure: first words of the message.
+    kind: class of the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_of_store = isinstance(error, OSError | sqlite3.Error) or _is_a(error, "sqlalchemy.exc", "SQLAlchemyError")
+        if not is_of_store and _status(error) is None:
+            raise
+        cure = remedy(error, uri) if is_lasting(error, uri) else "Try again when the store answers. "
+        raise kind(f"{failure} at {without_secret(uri)}: {words_of(error)}. {cure}".rstrip()) from error
 
 
 def _verdict(error: BaseException) -> bool | None:
@@ -74,6 +96,8 @@ def _verdict(error: BaseException) -> bool | None:
         return isinstance(error, ValueError)  # a malformed URL or an unknown scheme
     if (code := getattr(error, "sqlite_errorcode", None)) is not None:
         return code & 0xFF in _LASTING_SQLITE
+    if isinstance(error, sqlite3.OperationalError):
+        return False  # before Python 3.11, which has no codes; a locked database is such an error
     if _is_a(error, "sqlalchemy.exc", "DBAPIError", "TimeoutError"):
         return None if hasattr(error.__cause__, "sqlite_errorcode") else False
     if isinstance(error, OSError):

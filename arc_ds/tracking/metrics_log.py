@@ -102,9 +102,12 @@ def _parse(line: bytes, end: int) -> MetricsEntry | None:
         return None
     try:
         content = json.loads(line)
-        return MetricsEntry(step=content["step"], time=content["time"], metrics=content["metrics"], end=end)
+        step, seconds, metrics = content["step"], content["time"], dict(content["metrics"])
     except (ValueError, KeyError, TypeError):
         return None
+    if not isinstance(step, int) or not all(isinstance(each, int | float) for each in (seconds, *metrics.values())):
+        return None
+    return MetricsEntry(step=step, time=seconds, metrics=metrics, end=end)
 
 
 def _cut_after(path: Path, step: int) -> None:

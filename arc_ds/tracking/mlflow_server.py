@@ -21,20 +21,17 @@ from arc_ds.config.schema import TrackingConfig
 from arc_ds.errors import ConfigError
 from arc_ds.tracking import checkpoint_models
 from arc_ds.tracking.checkpoint_models import Checkpoint
-from arc_ds.tracking.database import artifact_folder, make_database, open_client
+from arc_ds.tracking.database import artifact_folder, make_database, open_client, paged
 from arc_ds.tracking.faults import is_refused
 from arc_ds.tracking.metrics_log import MetricsEntry
 from arc_ds.tracking.tracking import Tracker
-from arc_ds.tracking.uris import (
-    URI_VARIABLE,
-    resolve_uri,
-    sqlite_database,
-    without_secret,
-)
+from arc_ds.tracking.tracking_state import recorded
+from arc_ds.tracking.uris import URI_VARIABLE, resolve_uri, sqlite_database, without_secret
 from arc_ds.version import __version__
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 _KEY_TAG = "arc_ds.run_key"
 FOLDER_TAG = "arc_ds.run_dir"
@@ -42,12 +39,12 @@ STAGE_TAG = "arc_ds.stage"
 SOURCE_TAG = "arc_ds.source_checkpoint"
 # MLflow's limits: items per request, and characters of a parameter value, a tag value and a digest.
 _PER_BATCH = {"metrics": 1000, "params": 100, "tags": 100}
-_PARAM_CHARS = 6000
-_TAG_CHARS = 5000
+PARAM_CHARS = 6000
+TAG_CHARS = 5000
 DIGEST_CHARS = 36
 _DATASET_CHARS = 500
 _LONG_PARAMS = "long_parameters.json"
-_HELD_OUT = "held-out"
+HELD_OUT = "held-out"
 _SCORE = re.compile(r"validation/.+/(nll_\w+|gap_closed)")
 _FORBIDDEN = re.compile(r"[^/\w.\- :]")
 # Launchers by a variable that they set for each rank; the first one that is set counts.
@@ -151,16 +148,16 @@ class MlflowServer:
     def open_run(self, run_key: str, run_id: str | None) -> str:
         """Find a run by MLflow's id or by the run's own key, or create it; mark it as running and return its id.
 
-        A run that was deleted is not found, so it is replaced by a new one.
+        A run that was deleted is not found, so it is replaced by a new one. Neither is the run of the folder that this
+        one was copied from.
         """
         if self._database is not None:
             make_database(self._database)  # it may have been removed
         experiment_id = experiment_of(self._client, self._experiment, self._artifacts)
         found = self._find_run(experiment_id, run_key, run_id)
         if found is None:
-            return str(
-                self._client.create_run(experiment_id, run_name=self._run_name, tags={_KEY_TAG: run_key}).info.run_id
-            )
+            tags = {_KEY_TAG: run_key, FOLDER_TAG: str(self._folder)}
+            return str(self._client.create_run(experiment_id, run_name=self._run_name, tags=tags).info.run_id)
         self._client.update_run(found, status="RUNNING")
         return found
 
@@ -186,7 +183,7 @@ class MlflowServer:
     def store_artifacts(self, run_id: str) -> dict[str, Exception]:
         """Store the artifacts. Returns those that could not be stored. The artifact store may take minutes to fail."""
         failed: dict[str, Exception] = {}
-        long = {key: str(value) for key, value in self._facts.params.items() if len(str(value)) > _PARAM_CHARS}
+        long = {key: str(value) for key, value in self._facts.params.items() if len(str(value)) > PARAM_CHARS}
         more = {_LONG_PARAMS: json.dumps(long, indent=1)} if long else {}
         for name, text in {**self._facts.artifacts, **more}.items():
             try:
@@ -258,7 +255,7 @@ class MlflowServer:
             digest = named[0][1] if len(named) == 1 else hashlib.sha256(repr(named).encode()).hexdigest()
             return name[:_DATASET_CHARS], digest[:DIGEST_CHARS]
         if _SCORE.fullmatch(key):
-            return None if self._facts.held_out is None else (_HELD_OUT, self._facts.held_out[:DIGEST_CHARS])
+            return None if self._facts.held_out is None else (HELD_OUT, self._facts.held_out[:DIGEST_CHARS])
         return None
 
     def end_run(self, run_id: str, status: str) -> None:
@@ -270,12 +267,14 @@ class MlflowServer:
 
         whole = {allowed_name(key): str(value) for key, value in self._facts.params.items()}
         params = {key: _shortened(value) for key, value in whole.items()}
-        known = self._client.get_run(run_id).data.params
+        stored = self._client.get_run(run_id).data
+        known, tags = stored.params, stored.tags
         new = [(f"parameter {key}", Param(key, value)) for key, value in params.items() if key not in known]
         changed = {
             f"changed.{key}": value
             for key, value in params.items()
-            if known.get(key, value) not in (value, whole[key][:_PARAM_CHARS])  # earlier versions left out the note
+            # Earlier versions left out the note. A parameter may also have its first value again.
+            if known.get(key, value) not in (value, whole[key][:PARAM_CHARS]) or f"changed.{key}" in tags
         }
         refused = self._deliver(run_id, "params", new, _PER_BATCH["params"])
         return refused | self._write_tags(run_id, changed)
@@ -283,7 +282,7 @@ class MlflowServer:
     def _write_tags(self, run_id: str, tags: Mapping[str, str]) -> dict[str, Exception]:
         from mlflow.entities import RunTag
 
-        items = [(f"tag {key}", RunTag(key, value[:_TAG_CHARS])) for key, value in tags.items()]
+        items = [(f"tag {key}", RunTag(key, value[:TAG_CHARS])) for key, value in tags.items()]
         return self._deliver(run_id, "tags", items, _PER_BATCH["tags"])
 
     def _own_tags(self) -> dict[str, str]:
@@ -300,7 +299,7 @@ class MlflowServer:
             ("training", Path(source).name or source, digest, source) for source, digest in self._facts.datasets.items()
         ]
         if self._facts.held_out is not None:
-            inputs.append(("validation", _HELD_OUT, self._facts.held_out, "data.validation"))
+            inputs.append(("validation", HELD_OUT, self._facts.held_out, "data.validation"))
         for context, name, digest, source in inputs:
             dataset = Dataset(name, digest[:DIGEST_CHARS], "local", source)
             tags = [InputTag("mlflow.data.context", context)]
@@ -341,13 +340,21 @@ class MlflowServer:
 
         if run_id is not None:
             try:
-                if self._client.get_run(run_id).info.lifecycle_stage == "active":
+                run = self._client.get_run(run_id)
+                if run.info.lifecycle_stage == "active" and not self._is_of_original(run):
                     return run_id
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST" and not is_refused(error):  # refused: no id of MLflow
                     raise
-        runs = self._client.search_runs([experiment_id], f"tags.`{_KEY_TAG}` = '{run_key}'", max_results=1)
-        return str(runs[0].info.run_id) if runs else None
+        runs = paged(self._client.search_runs, [experiment_id], f"tags.`{_KEY_TAG}` = '{run_key}'")
+        return next((str(run.info.run_id) for run in runs if not self._is_of_original(run)), None)
+
+    def _is_of_original(self, run: Run) -> bool:
+        """Whether a run belongs to another folder, which this one was copied from. A moved folder leaves none."""
+        other = Path(run.data.tags.get(FOLDER_TAG, self._folder))
+        with suppress(OSError):
+            return recorded(other, "run_id") == run.info.run_id and not other.samefile(self._folder)
+        return False
 
 
 def experiment_of(client: MlflowClient, name: str, artifacts: str | None) -> str:
@@ -384,7 +391,7 @@ def allowed_name(name: str) -> str:
 
 def _shortened(value: str) -> str:
     """A parameter within MLflow's limit, with a note if a part is left out."""
-    if len(value) <= _PARAM_CHARS:
+    if len(value) <= PARAM_CHARS:
         return value
     note = f"... [{len(value)} characters, whole in {_LONG_PARAMS}]"
-    return value[: _PARAM_CHARS - len(note)] + note
+    return value[: PARAM_CHARS - len(note)] + note

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from arc_ds.errors import ConfigError
 from arc_ds.system.packages import require
-from arc_ds.tracking.database import for_mlflow, home, set_environment
-from arc_ds.tracking.faults import remedy, words_of
+from arc_ds.tracking.database import for_mlflow, open_client
+from arc_ds.tracking.faults import explained, words_of
 from arc_ds.tracking.tracking_state import STATE_NAME, TrackingState
 from arc_ds.tracking.uris import resolve_uri, sqlite_database, without_secret
 from arc_ds.version import __version__
@@ -33,20 +33,10 @@ def register_export(export: Path, name: str, *, run: Path, configured: str | Non
     """
     require("mlflow")
     uri, run_id = find_mlflow_run(run, configured)
-    set_environment()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    with home():
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-    try:
-        uri = for_mlflow(uri)
-        experiment_id = MlflowClient(tracking_uri=uri).get_run(run_id).info.experiment_id
-        return _log_and_register(uri, experiment_id, run_id, export, name, step)
-    except (MlflowException, OSError) as error:
-        raise ConfigError(
-            f"{export} is whole, but cannot be registered as {name!r} in the MLflow run {run_id} at "
-            f"{without_secret(uri)}: {words_of(error)}. {remedy(error, uri)}".rstrip()
-        ) from error
+    with explained(uri, f"{export} is whole, but cannot be registered as {name!r} in the MLflow run {run_id}"):
+        experiment_id = open_client(uri).get_run(run_id).info.experiment_id
+        return _log_and_register(for_mlflow(uri), experiment_id, run_id, export, name, step)
 
 
 def find_mlflow_run(run: Path, configured: str | None) -> tuple[str, str]:

@@ -171,7 +171,12 @@ class _Sender(threading.Thread):
 
     def has_sent_all(self) -> bool:
         """Whether all entries of the file and the run's description have been sent."""
-        return self.state.described and self._position is not None and self._position >= self._path.stat().st_size
+        if not self.state.described or self._position is None:
+            return False
+        try:
+            return self._position >= self._path.stat().st_size
+        except FileNotFoundError:  # the folder was moved or removed while the run works
+            return False
 
     def advance(self) -> bool:
         """Open the run if needed and send one batch. Returns False on failure; each kind of failure is logged once."""
@@ -242,7 +247,8 @@ class _Sender(threading.Thread):
         if run_id != self.state.run_id:
             if self.state.run_id is not None:
                 logger.warning(
-                    "%s no longer has the run %s; the run %s replaces it and gets all metrics of %s",
+                    "%s has no run %s of this folder: it was deleted, or this folder is a copy. The run %s gets all "
+                    "metrics of %s",
                     *(self.state.uri, self.state.run_id, run_id, self._path),
                 )
             self._remember(replace(self.state, run_id=run_id, sent_step=0, described=False, sent_system={}))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from arc_ds.system.files import write_whole
 
@@ -52,6 +54,14 @@ def load_state(folder: Path, *, uri: str, resumed_step: int, run_id: str | None)
         found = TrackingState(run_key=found.run_key, uri=uri)
     # Describe the run again at each start: a resumed run may have other hosts or overrides.
     return replace(found, sent_step=min(found.sent_step, resumed_step), described=False)
+
+
+def recorded(folder: Path, key: Literal["uri", "run_id"]) -> str | None:
+    """The store that a run's folder records, or MLflow's id of the run; None if it records none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        value = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))[key]
+        return value if isinstance(value, str) else None
+    return None
 
 
 def save_state(folder: Path, state: TrackingState) -> None:

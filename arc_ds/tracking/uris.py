@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from arc_ds.errors import ConfigError
 from arc_ds.system.user_paths import user_path
+from arc_ds.tracking.metrics_log import METRICS_NAME
+from arc_ds.tracking.tracking_state import recorded
 
 HOST_AND_PORT = re.compile(r"[\w.-]+:\d+")
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -44,11 +47,46 @@ def default_database(folder: Path) -> Path:
     """
     own = folder.resolve()
     is_alone = own.is_dir() and not os.access(own.parent, os.W_OK) and os.access(own, os.W_OK)
-    return (own if is_alone or _is_filled(own / DATABASE) else own.parent) / DATABASE
+    return (own if is_alone or is_filled(own / DATABASE) else own.parent) / DATABASE
 
 
-def _is_filled(path: Path) -> bool:
+def is_filled(path: Path) -> bool:
+    """Whether a database exists. SQLite leaves an empty file if it opens one that was removed."""
     return path.is_file() and path.stat().st_size > 0
+
+
+def default_folders() -> list[Path]:
+    """The folders that commands search for a store if the user names none: $RUNS, the current folder, and ./runs."""
+    return list(dict.fromkeys(Path(user_path(each)) for each in (os.environ.get("RUNS") or ".", ".", "runs")))
+
+
+def default_store() -> str | None:
+    """The store that commands read if the user names none: MLFLOW_TRACKING_URI, or the first of `default_folders`.
+
+    None if there is none.
+    """
+    if given := user_path(os.environ.get(URI_VARIABLE, "")):
+        return given if _scheme(given) or given in _WORDS else sqlite_uri(Path(given).absolute())
+    database = next(filter(None, map(database_of, default_folders())), None)
+    return None if database is None else sqlite_uri(database)
+
+
+def database_of(folder: Path) -> Path | None:
+    """The database of a folder of runs or of a run's folder; None if there is none.
+
+    A run has a database in its folder, as those of earlier versions, or the recorded one, or one next to its folder.
+    """
+    folder = folder.resolve()
+    return next(filter(is_filled, _places_of_database(folder)), None)
+
+
+def _places_of_database(folder: Path) -> Iterator[Path]:
+    yield folder / DATABASE
+    uri = recorded(folder, "uri")
+    if uri is not None and (database := sqlite_database(uri)) is not None:
+        yield database
+    if (folder / METRICS_NAME).is_file():
+        yield folder.parent / DATABASE
 
 
 def sqlite_uri(database: Path) -> str:

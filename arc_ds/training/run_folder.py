@@ -45,8 +45,15 @@ from arc_ds.system.device import describe_device
 from arc_ds.system.files import file_size, output, write_whole
 from arc_ds.system.locks import LOCK_FILE, writing
 from arc_ds.system.urls import shown_url
+from arc_ds.tracking.liveness import FACTS_NAME
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
-from arc_ds.tracking.mlflow_server import RunFacts, environment_tags, package_versions, start_tracker
+from arc_ds.tracking.mlflow_server import (
+    DIGEST_CHARS,
+    RunFacts,
+    environment_tags,
+    package_versions,
+    start_tracker,
+)
 from arc_ds.tracking.system_metrics import SystemMetrics
 from arc_ds.tracking.tracking import Tracker
 from arc_ds.tracking.uris import without_secret
@@ -55,7 +62,7 @@ from arc_ds.training.run import InputDigests, Run
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME, FACTS_NAME = "config.yaml", "facts.json"
+CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
 _ANOTHER = "Use another checkpoint of the run."
 _SHARED_WITHIN_S = 90.0  # NFS shows new files after up to a minute
@@ -339,18 +346,17 @@ def _facts_of_start(run: Run, hosts: Sequence[str]) -> str:
     """Content of `facts.json`: tags, data digests and DeepSpeed's JSON, as MLflow gets them. hosts: of each rank."""
     facts = {
         "tags": _tags(run, hosts),
-        "datasets": {Path(source.shards.name).name: source.shards.fingerprint for source in run.data.sources},
+        "datasets": {source.shards.name: source.shards.fingerprint for source in run.data.sources},
+        "held_out": None if run.validator is None else run.validator.fingerprint,
         "deepspeed": run.ds_config,
     }
     return json.dumps(facts, indent=1) + "\n"
 
 
 def _tags(run: Run, hosts: Sequence[str]) -> dict[str, str]:
-    return environment_tags(
-        device=describe_device(run.device),
-        hosts=hosts,
-        placements={name: placed.placement for name, placed in zip(run.decoder_names, run.decoders, strict=True)},
-    )
+    placements = {name: placed.placement for name, placed in zip(run.decoder_names, run.decoders, strict=True)}
+    tags = environment_tags(device=describe_device(run.device), hosts=hosts, placements=placements)
+    return tags | {f"digest.{key}": digest[:DIGEST_CHARS] for key, digest in run.inputs.backbones.items()}
 
 
 def _open_tracker(config: RunConfig, run: Run, mlflow_run_id: str | None, hosts: Sequence[str]) -> Tracker:

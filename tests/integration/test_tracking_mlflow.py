@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -91,6 +92,30 @@ def test_facts_and_metrics_arrive_and_a_changed_parameter_becomes_a_tag(tmp_path
     assert [point.step for point in history] == [1, 2] and history[0].value == 2.5
     assert list(tmp_path.glob("mlartifacts/*/artifacts/config.yaml"))
     assert not Path("mlruns").exists()
+    third = _start(tmp_path / "run", params, resumed_step=2)
+    assert third.close(timeout_s=LIMIT_S)
+    assert _client(tmp_path).get_run(first.run_id).data.tags["changed.key.0"] == "0", "it has its first value again"
+
+
+def test_a_copied_folder_is_a_run_of_its_own_and_a_moved_one_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = _start(tmp_path / "run", {"seed": 0})
+    _log(original, 1, 20)
+    assert original.close("KILLED", timeout_s=LIMIT_S)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    for _ in range(2):
+        copy = _start(tmp_path / "copy", {"seed": 0}, resumed_step=10)
+        _log(copy, 11, 30)
+        assert copy.close(timeout_s=LIMIT_S) and copy.run_id != original.run_id
+    (warning,) = _warnings(caplog)
+    assert f"has no run {original.run_id} of this folder: it was deleted, or this folder is a copy" in warning
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    moved = _start(tmp_path / "renamed", {"seed": 0}, resumed_step=20)
+    _log(moved, 21, 25)
+    assert moved.close(timeout_s=LIMIT_S) and moved.run_id == original.run_id
+    assert _steps(tmp_path, moved.run_id) == list(range(1, 26))
+    assert _steps(tmp_path, copy.run_id) == list(range(1, 31))
 
 
 def test_kill_9_and_resume_leave_one_run_with_one_point_a_step(tmp_path: Path) -> None:
@@ -127,6 +152,11 @@ def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypat
             MlflowServer(uri, TrackingConfig(), facts, tmp_path)
     assert not (tmp_path / "mlflow.db").exists()
     (tmp_path / ".mlflow.db-new" / "left-by-a-kill").mkdir(parents=True)
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "this file system has no hard links")
+
+    monkeypatch.setattr(os, "link", no_links)
     tracker = _start(tmp_path / "run", {"seed": 0})
     tracker.log(1, {"loss": 1.0})
     assert tracker.close(timeout_s=LIMIT_S)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from werkzeug.datastructures import MultiDict
 
+from arc_ds.comparison import mlflow_points
+from arc_ds.comparison.mlflow_runs import Store, find_run, open_store, read_runs
 from arc_ds.config.schema import TrackingConfig
 from arc_ds.errors import ConfigError
+from arc_ds.system.locks import writing
 from arc_ds.tracking.evaluation import create_evaluation_run, find_run_of_checkpoint, log_evaluation
+from arc_ds.tracking.liveness import mark_dead_runs
 from arc_ds.tracking.mlflow_server import RunFacts, start_tracker
 from arc_ds.tracking.registration import find_mlflow_run
 from arc_ds.tracking.tracking import Tracker
@@ -188,6 +195,53 @@ def test_checkpoints_stages_and_evaluations_are_linked(store: Path) -> None:
     assert run.data.tags["mlflow.parentRunId"] == run_id
     with pytest.raises(ConfigError, match="cannot be logged in the MLflow run nothing at sqlite"):
         log_evaluation(uri, "nothing", table=table, metrics={}, step=0)
+
+
+def test_runs_that_were_killed_are_marked_by_ui_and_named_by_compare(store: Path) -> None:
+    """The runs `left` and `lost` were killed here and on another host, and `works` goes on."""
+    lock = {"left": socket.gethostname(), "lost": "elsewhere", "works": socket.gethostname()}
+    ids = {name: _close(_start(store / name)) for name in lock}
+    for name, host in lock.items():
+        _client(store).update_run(ids[name], status="RUNNING")
+        (store / name / "lock").write_text(f"process 1 on {host}")
+        for path in (store / name / "lock", store / name / "metrics.jsonl"):
+            os.utime(path, (1_700_000_000, 1_700_000_000))
+    opened = open_store(f"sqlite:///{store}/mlflow.db")
+    with writing(store / "works", "run"):
+        found = read_runs(opened, [find_run(opened, name) for name in lock])
+        assert [run.facts["status"] for run in found] == ["DEAD", "SILENT", "RUNNING"]
+        assert found[0].notes[-1].startswith("MLflow shows it as RUNNING, but no process of it is left. The last sign")
+        assert mark_dead_runs(store / "mlflow.db").keys() == {f"{name} ({ids[name]})" for name in ("left", "lost")}
+    runs = {name: _client(store).get_run(ids[name]).info for name in lock}
+    assert [info.status for info in runs.values()] == ["KILLED", "RUNNING", "RUNNING"]
+    assert runs["left"].end_time == 1_700_000_000_000
+
+
+def test_a_server_gives_the_same_points_with_one_request_for_each_metric(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handlers of MLflow's server, without its process."""
+    import mlflow.utils.rest_utils
+    from mlflow.server import app, handlers
+
+    uri, asked = f"sqlite:///{store}/mlflow.db", []
+    opened = open_store(uri)
+    runs = [find_run(opened, f"run{number}") for number in range(NUM_RUNS)]
+    by_sql = read_runs(opened, runs)
+
+    def request(creds: Any, endpoint: str, method: str, *, params: list[tuple[str, str]], timeout: float) -> Any:
+        asked.append(endpoint)
+        answer = app.test_client().open(endpoint, method=method, query_string=MultiDict(params))
+        return SimpleNamespace(status_code=answer.status_code, json=answer.get_json)
+
+    monkeypatch.setattr(handlers, "_tracking_store", handlers._get_tracking_store(uri))
+    monkeypatch.setattr(mlflow.utils.rest_utils, "http_request", request)
+    monkeypatch.setattr(mlflow_points, "sqlite_database", lambda uri: None)
+    for limit, num_requests in ((25_000, 2), (100, 8)):
+        monkeypatch.setattr(mlflow_points, "_POINTS_PER_REQUEST", limit)
+        asked.clear()
+        by_server = read_runs(Store("http://host", opened.client), runs)
+        assert list(map(repr, by_server)) == list(map(repr, by_sql)) and len(asked) == num_requests
 
 
 def test_a_run_with_a_store_of_its_own_continues_there(store: Path) -> None:

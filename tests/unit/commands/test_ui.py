@@ -39,8 +39,18 @@ def test_a_folder_of_runs_a_run_and_a_file_lead_to_the_store(tmp_path: Path, mon
     assert find_database(own.parent) == own
     elsewhere = _database(tmp_path / "else where")
     assert find_database(_run(tmp_path / "runs" / "far", f"sqlite:///{elsewhere}")) == elsewhere
-    monkeypatch.chdir(tmp_path / "runs")
-    assert find_database(Path()) == shared
+    for name in ("MLFLOW_TRACKING_URI", "RUNS"):
+        monkeypatch.delenv(name, raising=False)
+    for place in (tmp_path, tmp_path / "runs"):
+        monkeypatch.chdir(place)
+        assert find_database(None) == shared
+    monkeypatch.setenv("RUNS", str(elsewhere.parent))
+    assert find_database(None) == elsewhere
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(own))
+    assert find_database(None) == own
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI is the server http://host:5000. Open that"):
+        find_database(None)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from arc_ds.comparison.configs import config_differences, fact_differences, group_by_seed, shorten
@@ -24,6 +26,8 @@ def test_a_run_without_a_config_makes_no_differences() -> None:
 def test_facts_that_differ_are_shown() -> None:
     runs = [make_run(name, {}, facts={"host": name, "device": "cpu"}) for name in "ab"]
     assert fact_differences(runs) == {"host": ["a", "b"]}
+    jobs = [make_run(name, {}, facts={"slurm_job": name}) for name in "ab"]
+    assert fact_differences(jobs) == {}
 
 
 def test_runs_that_differ_in_the_seed_only_are_a_group() -> None:
@@ -34,6 +38,38 @@ def test_runs_that_differ_in_the_seed_only_are_a_group() -> None:
     ]
     groups = group_by_seed(runs, config_differences(runs))
     assert [(group.label, group.members) for group in groups] == [("lr1 (2 seeds)", (0, 2)), ("lr2", (1,))]
+    again = [run("first"), run("again")]
+    assert [group.label for group in group_by_seed(again, config_differences(again))] == ["first (2 runs)"]
+
+
+def test_settings_that_do_not_change_results_come_last_and_split_no_group() -> None:
+    runs = [run("a", **{"checkpoint.every": "5"}), run("b", seed="1", lr="9", **{"checkpoint.every": "6"})]
+    runs += [run("c", seed="2", lr="9", **{"checkpoint.every": "7"})]
+    differences = config_differences(runs)
+    assert list(differences) == ["lr", "seed", "checkpoint.every"]
+    assert [group.members for group in group_by_seed(runs, differences)] == [(0,), (1, 2)]
+
+
+PLACES = {
+    "encoder.backbone": ("/a/llama", "/b/llama"),
+    "data.sources.0.path": ("/a/wiki", "/b/wiki"),
+    "data.validation": ("/a/held", "/b/held"),
+}
+
+
+def test_paths_are_noise_only_if_the_digests_of_all_runs_are_known() -> None:
+    known = {"digest.encoder.backbone": "1", "digest.wiki": "2", "digest.held-out": "3"}
+    runs = [run(name, **{key: pair[idx] for key, pair in PLACES.items()}, **known) for idx, name in enumerate("ab")]
+    assert config_differences(runs) == {}
+    other = run("c", **{key: pair[0] for key, pair in PLACES.items()}, **{**known, "digest.encoder.backbone": "4"})
+    assert config_differences([*runs, other]) == {"digest.encoder.backbone": ["1", "1", "4"]}
+    unknown = [run(name, **{key: pair[idx] for key, pair in PLACES.items()}) for idx, name in enumerate("ab")]
+    assert set(config_differences(unknown)) == set(PLACES)
+    assert set(config_differences([runs[0], unknown[1]])) == {*PLACES, *known}
+    for digest, place in zip(known, PLACES, strict=True):
+        part = [replace(each, config={k: v for k, v in each.config.items() if k != digest}) for each in runs]
+        assert config_differences(part).keys() == {place}
+    assert len(group_by_seed(unknown, config_differences(unknown))) == 2
 
 
 def test_runs_without_configs_are_never_a_group() -> None:

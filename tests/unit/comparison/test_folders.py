@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from arc_ds.comparison.folders import find_run_folders, read_run_folder
 from arc_ds.comparison.runs import with_unique_names
 from arc_ds.errors import DataError
+from arc_ds.system.locks import writing
 from tests.helpers.compared_runs import lines_of, write_run
 
 POINTS = {"train/loss": {1: 3.0, 2: 2.0, 3: 1.0}, "validation/seconds": {2: 0.5}}
@@ -39,7 +41,38 @@ def test_facts_give_deepspeed_digests_and_tags(tmp_path: Path) -> None:
     run = read_run_folder(folder)
     assert run.config["deepspeed.zero_optimization.stage"] == "3" and "deepspeed" not in run.config
     assert run.config["digest.train"] == "d" * 36  # as in MLflow
-    assert run.facts == {"host": "n1", "commit": "abc"}
+    assert run.facts == {"status": "STOPPED", "host": "n1", "commit": "abc"}
+
+
+def test_digests_of_all_inputs_are_part_of_the_config(tmp_path: Path) -> None:
+    """Two folders `train` share a key, and neither of their digests is lost."""
+    folder = write_run(tmp_path / "a", POINTS, {})
+    facts = {
+        "tags": {"digest.encoder.backbone": "b" * 36},
+        "datasets": {"/wiki/train": "2" * 40, "/books/train": "1" * 40},
+        "held_out": "h" * 64,
+    }
+    (folder / "facts.json").write_text(json.dumps(facts))
+    run = read_run_folder(folder)
+    digests = {key: value for key, value in run.config.items() if key.startswith("digest")}
+    assert digests == {
+        "digest.train": "1" * 36 + " + " + "2" * 36,
+        "digest.held-out": "h" * 36,
+        "digest.encoder.backbone": "b" * 36,
+    }
+    assert run.facts == {"status": "STOPPED"}
+    (folder / "facts.json").write_text('{"tags": [1], "datasets": "x", "held_out": 3}')
+    assert read_run_folder(folder).facts == {"status": "STOPPED"}
+
+
+def test_the_status_of_a_folder_is_that_of_its_process(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", POINTS, {"steps": 3})
+    assert read_run_folder(folder).facts["status"] == "FINISHED"
+    (folder / "lock").write_text(f"process 1 on {socket.gethostname()}")
+    run = read_run_folder(folder)
+    assert run.facts["status"] == "DEAD" and run.notes[0].startswith("It was killed or lost: no process of it is left.")
+    with writing(folder, "run"):
+        assert read_run_folder(folder).facts["status"] == "RUNNING"
 
 
 def test_without_facts_the_file_of_deepspeed_is_read(tmp_path: Path) -> None:
@@ -64,6 +97,15 @@ def test_damage_in_the_middle_is_noted_with_the_lines_that_are_lost(tmp_path: Pa
     run = read_run_folder(folder)
     assert run.last_step == 1
     assert "damaged at byte" in run.notes[0] and "3 later line(s)" in run.notes[0]
+    for other in (
+        '{"step": 1, "loss": 2.0}',
+        '{"step": "1", "time": 1.0, "metrics": {}}',
+        '{"step": 1, "time": 1.0, "metrics": {"loss": null}}',
+        '{"step": 1, "time": 1.0, "metrics": [1]}',
+    ):
+        path.write_text(f"{other}\n")
+        without, damaged = read_run_folder(folder).notes
+        assert without == "It has no metrics." and "at byte 0; 1 later line(s)" in damaged
 
 
 def test_a_repeated_step_counts_once_with_its_last_value(tmp_path: Path) -> None:

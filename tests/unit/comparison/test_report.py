@@ -88,6 +88,35 @@ def test_a_lucky_seed_does_not_put_its_group_first() -> None:
     assert [group.label[0] for group in compare_runs(runs, Options()).groups] == ["b", "a"]
 
 
+def test_scores_on_different_held_out_data_are_marked_and_order_nothing() -> None:
+    points = {NLL: {1: 1.0}, "train/loss": {1: 2.0}}
+    runs = [make_run(name, points, {"digest.held-out": name * 36}) for name in "aab"]
+    assert compare_runs(runs[:2], Options()).best[0] == NLL and compare_runs(runs[:2], Options(best=NLL)).notes == ()
+    comparison = compare_runs(runs, Options())
+    assert comparison.best[0] == "train/loss"
+    assert "not comparable: a, a (aaaaaaaa); b (bbbbbbbb)" in comparison.notes[0]
+    with pytest.raises(DataError, match=r"cannot order these runs: .* such as train/loss"):
+        compare_runs(runs, Options(best=f"{NLL}:min"))
+    other = make_run("other", {"train/loss": {1: 2.0}}, {"digest.held-out": "b" * 36})
+    assert compare_runs([*runs[:2], other], Options()).best[0] == NLL, "it has no such score"
+    unknown = make_run("old", points)
+    assert compare_runs([runs[0], unknown], Options(best=NLL)).notes == ()
+
+
+def test_at_equal_tokens_a_run_of_half_the_batch_size_has_done_twice_the_steps() -> None:
+    def rates(tokens: float, num: int):
+        every = range(1, num + 1)
+        speed = {"speed/encoder_tokens_per_s": dict.fromkeys(every, tokens), "speed/step_s": dict.fromkeys(every, 1.0)}
+        return {**speed, "train/loss": {step: 1000.0 - step for step in every}}
+
+    runs = [make_run("half", rates(50.0, 90)), make_run("whole", rates(100.0, 40))]
+    table = compare_runs(runs, Options(axis="tokens")).tables["equal"]
+    assert table.title == "Value at equal work: 4000 encoder tokens" and table.columns == ("metric", "half", "whole")
+    rows = {row[0].text: [cell.value for cell in row[1:]] for row in table.rows}
+    assert rows["optimizer steps"] == [80, 40] and rows["train/loss"] == [920, 960]
+    assert "equal" not in compare_runs(runs, Options()).tables
+
+
 def test_the_common_step_leaves_out_runs_that_ended_early() -> None:
     runs = [make_run(name, {"train/loss": falling(3.0, num)}) for name, num in (("a", 100), ("b", 80), ("c", 3))]
     comparison = compare_runs(runs, Options())
@@ -175,6 +204,8 @@ def test_speed_is_a_median_without_the_first_report_and_memory_a_peak() -> None:
 def test_a_batch_size_that_differs_is_noted() -> None:
     runs = [make_run(name, {"m": {1: 1.0}}, {"data.batch_size": name}) for name in "12"]
     assert any("equal steps are not equal work" in note for note in compare_runs(runs, Options()).notes)
+    runs = [make_run(name, {"m": {1: 1.0}}, {"steps": name}) for name in "12"]
+    assert any("other places of their learning-rate schedules" in note for note in compare_runs(runs, Options()).notes)
 
 
 @pytest.mark.parametrize(

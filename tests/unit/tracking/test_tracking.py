@@ -22,6 +22,7 @@ from sqlalchemy.engine import make_url
 from arc_ds.errors import ConfigError, StorageError
 from arc_ds.tracking import tracking
 from arc_ds.tracking.checkpoint_models import Checkpoint
+from arc_ds.tracking.database import paged
 from arc_ds.tracking.faults import words_of
 from arc_ds.tracking.metrics_log import MetricsEntry, MetricsLog, read_metrics
 from arc_ds.tracking.mlflow_server import MlflowServer, environment_tags
@@ -264,6 +265,31 @@ def test_points_that_a_restored_server_lacks_are_sent_again(tmp_path: Path, when
     del server.points[left:]
     _log_steps(tracker, 151, 200)
     assert tracker.close(timeout_s=LIMIT_S) and Counter(server.points) == _expected(200)
+
+
+def test_a_folder_that_is_renamed_while_its_run_works_ends_no_step(tmp_path: Path) -> None:
+    server = _FakeServer()
+    tracker = _tracker(tmp_path / "run", server)
+    _log_steps(tracker, 1, 10)
+    assert tracker.flush(timeout_s=LIMIT_S)
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    _log_steps(tracker, 11, 20)
+    assert not tracker.close("KILLED", timeout_s=1.0)
+    again = _tracker(tmp_path / "renamed", server, resumed_step=20)
+    assert again.close(timeout_s=LIMIT_S) and Counter(server.points) == _expected(20)
+
+
+def test_all_pages_of_a_search_are_read() -> None:
+    class Page(list[int]):
+        token: str | None
+
+    def search(first: int, *, page_token: str | None, size: int) -> Page:
+        start = first + int(page_token or 0)
+        page = Page(range(start, min(start + size, 7)))
+        page.token = str(start + size - first) if start + size < 7 else None
+        return page
+
+    assert list(paged(search, 1, size=2)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_without_a_server_the_file_alone_is_written(tmp_path: Path) -> None:

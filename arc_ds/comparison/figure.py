@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arc_ds.comparison.panels import Panel
-from arc_ds.comparison.report import MAX_COLOURS, MAX_MAIN, Comparison
-from arc_ds.comparison.tables import number
+from arc_ds.comparison.panels import DASHES, Panel
+from arc_ds.comparison.report import MAX_MAIN, Comparison
+from arc_ds.pages.axes import number
+from arc_ds.pages.frame import NUM_COLOURS
 from arc_ds.system.packages import require
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 _COLUMNS = 3
 # Okabe and Ito's palette, without its yellow, which is unreadable on white, and with three dark additions.
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b5549a", "#b07d00", "#3a9ed0", "#6a51a3", "#7a4a2a")
-_DASHES = ("-", "-", "-", "-", (0, (7, 3)), (0, (3, 2)), (0, (9, 2, 2, 2)), (0, (1.5, 2.5)))
 _OTHERS = "#c3c9d0"
 
 
@@ -44,29 +44,25 @@ def draw_figure(comparison: Comparison, panels: Sequence[Panel], paths: Sequence
     for axes, panel in zip(grid, panels, strict=False):
         _draw(axes, panel)
     labels = {one.group: one.label for panel in panels for one in panel.series if not one.is_member}
-    lines = [_line(place) for place in sorted(labels) if place < MAX_COLOURS]
-    names = [labels[place] for place in sorted(labels) if place < MAX_COLOURS]
-    if len(comparison.groups) > MAX_COLOURS:
-        lines, names = [*lines, _line(MAX_COLOURS)], [*names, f"{len(comparison.groups) - MAX_COLOURS} others"]
+    lines = [_line(place) for place in sorted(labels) if place < NUM_COLOURS]
+    names = [labels[place] for place in sorted(labels) if place < NUM_COLOURS]
+    if len(comparison.groups) > NUM_COLOURS:
+        lines, names = [*lines, _line(NUM_COLOURS)], [*names, f"{len(comparison.groups) - NUM_COLOURS} others"]
     figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
     for path in paths:
         figure.savefig(path)
 
 
 def _style(group: int) -> dict[str, Any]:
-    if group >= MAX_COLOURS:
+    if group >= NUM_COLOURS:
         return {"color": _OTHERS, "linewidth": 0.7, "zorder": 1}
-    return {"color": _PALETTE[group], "linestyle": _DASHES[group], "linewidth": 1.3, "zorder": 3}
+    return {"color": _PALETTE[group], "linestyle": (0, DASHES[group]), "linewidth": 1.3, "zorder": 3}
 
 
 def _line(group: int) -> Line2D:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], **_style(group))
-
-
-def _tick(value: float, _: object) -> str:
-    return number(value)
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
@@ -78,13 +74,13 @@ def _draw(axes: Axes, panel: Panel) -> None:
             axes.plot(one.x, one.y, **{**style, "alpha": 0.3, "linewidth": 0.6})
             continue
         axes.plot(one.x, one.y, marker="o" if one.is_marked else "", markersize=3, **style)
-        if one.low is not None and one.high is not None and one.group < MAX_COLOURS:
+        if one.low is not None and one.high is not None and one.group < NUM_COLOURS:
             axes.fill_between(one.x, one.low, one.high, color=style["color"], alpha=0.15, linewidth=0)
     if panel.is_log:
         axes.set_yscale("log")
         for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis(FuncFormatter(_tick))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+            axis(FuncFormatter(lambda value, _: number(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axes.set_xlim(*panel.x_range)
     axes.set_ylim(*panel.limits)
     axes.set_title(panel.metric, fontsize=9, loc="left")

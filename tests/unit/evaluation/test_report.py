@@ -23,7 +23,15 @@ from arc_ds.evaluation.report.content import make_report, task_sizes
 from arc_ds.evaluation.report.page import report_page
 from arc_ds.evaluation.report.paper import paper_rows
 from arc_ds.evaluation.report.plots import Point, scatter_plot
-from arc_ds.evaluation.report.tables import count_table, difference_table, nll_tables, score_table
+from arc_ds.evaluation.report.tables import (
+    count_table,
+    difference_table,
+    nll_tables,
+    notes_of,
+    report_markdown,
+    score_table,
+    verdict_table,
+)
 from arc_ds.evaluation.results import Prediction, prediction_line, read_systems
 from arc_ds.evaluation.scoring import score_system
 from tests.helpers.eval_results import SYSTEMS, fake_folders, fake_results
@@ -140,6 +148,8 @@ def test_differing_samples_are_bounded_balanced_and_show_who_is_right(folders):
     counts = made.pair_counts["ARC4", "squad"]
     difference = made.comparisons["ARC4"].by_task["squad"]["em"]
     assert sum(counts) == 60 and (counts.better - counts.worse) / 60 * 100 == pytest.approx(difference.value)
+    none = make_report(read_systems(folders), max_samples=0, num_draws=DRAWS)
+    assert "0 of 8" in report_page(none, with_paper=False)
     row = next(r for r in rows_of(difference_table(made)) if (r["system"].text, r["task"].text) == ("ARC4", "SQuAD EM"))
     assert (row["better"].value, row["worse"].value, row["equal"].value) == counts
 
@@ -191,13 +201,16 @@ def hostile_files(root, num=6, length=0):
 
 
 def test_hostile_texts_stay_texts(tmp_path):
-    page = report_page(make_report(read_systems(hostile_files(tmp_path)), num_draws=DRAWS), with_paper=True)
+    made = make_report(read_systems(hostile_files(tmp_path)), num_draws=DRAWS)
+    page = report_page(made, with_paper=True)
     tags = Tags(page)
     assert tags.names["script"] == 1 and tags.names["img"] == 0 and tags.names["article"] == 6
     assert not [name for name, _ in tags.attributes if name.startswith("on")]
     assert HOSTILE in tags.text
     outside = [value for name, value in tags.attributes if name in ("src", "href") and not value.startswith("#")]
     assert outside == [] and "@import" not in page and "url(" not in page
+    markdown = report_markdown(made, with_paper=True)
+    assert "<script" not in markdown and "## Differences from a&lt;/article>" in markdown
 
 
 def test_the_page_of_many_long_answers_stays_small(tmp_path):
@@ -239,6 +252,65 @@ def test_other_protocols_and_data_are_refused_unless_forced(tmp_path, folders):
         assert difference in forced.notes[0] and difference in report_page(forced, with_paper=False)
     assert forced.comparisons["ARC4"].by_task["squad"]["em"].n == 50  # the questions that both have
     assert forced.systems[0].scores["squad"]["em"].n == 60
+    rows = rows_of(score_table(forced, with_paper=False))
+    assert [row["system"].note for row in rows] == ["", "≠ other questions, data or protocol"]
+    assert [row["SQuAD EM"].note.split(" n=")[1] for row in rows] == ["60", "50"]
+    assert "n=" not in rows[0]["NQ EM"].note
+
+
+def test_systems_differ_also_in_a_task_that_the_baseline_lacks(tmp_path, folders):
+    base = str(fake_results(tmp_path / "base", replace(OPEN, name="nq only"), {"nq": 40}))
+    fewer = str(fake_results(tmp_path / "fewer", ARC4, {"squad": 50, "nq": 40}))
+    with pytest.raises(DataError, match="squad-00050"):
+        make_report(read_systems([base, folders[1], fewer]), num_draws=DRAWS)
+    forced = make_report(read_systems([base, folders[1], fewer]), force=True, num_draws=DRAWS)
+    assert forced.different == {"ARC4"} and "next to closed book in spite of" in forced.notes[0]
+    assert forced.comparisons["ARC4"].by_task["nq"]["em"].n == 40
+
+
+def test_forcing_one_system_leaves_the_clusters_of_the_others(tmp_path, folders):
+    files = [str(fake_results(tmp_path / "protocol", ARC4, TASKS, protocol=replace(CLEAN, references="first")))]
+    answers = read_systems([folders[1]])[0].seeds[0].predictions
+    files.append(write_lines(tmp_path / "bare.jsonl", [replace(each, cluster="", system="bare") for each in answers]))
+    forced = make_report(read_systems([folders[0], *files]), force=True, num_draws=DRAWS)
+    expected = make_report(read_systems(folders[:2]), num_draws=DRAWS)
+    assert forced.comparisons["bare"].by_task == expected.comparisons["closed book"].by_task
+
+
+def test_the_verdict_counts_clear_tasks_and_states_the_cost(report, folders):
+    closed, arc = rows_of(verdict_table(report))
+    average = report.comparisons["closed book"].average
+    assert closed["difference"].value == average.value and closed["detectable"].value == average.detectable
+    assert (closed["worse in"].text, closed["better in"].text, closed["not clear"].value) == ("1: SQuAD", "–", 1)
+    assert "▼" not in rows_of(score_table(report, with_paper=False))[1]["NQ EM"].text
+    assert arc["not clear"].value == 2 and (arc["×"].text, closed["×"].text) == ("3.89", "∞")
+    assert arc["prompt rows"].value == report.systems[2].mean_size("prompt_rows")
+    made = make_report(read_systems(folders), baseline="closed book", metric="nll", num_draws=DRAWS)
+    assert rows_of(verdict_table(made))[0]["better in"].text == "2: NQ, SQuAD"  # lower NLL is better
+
+
+def test_skipped_samples_are_named_above_the_scores(report):
+    assert notes_of(report) == ["Scores leave out skipped samples: open book: 2 of HotpotQA (too long)."]
+
+
+def test_empty_documents_and_prompts_have_no_place_on_a_logarithmic_axis(tmp_path):
+    counts = ({"prompt_rows": 0}, {"document_decoder_tokens": 0, "vectors": 1, "prompt_rows": 9})
+    files = [
+        write_lines(
+            tmp_path / f"{n}.jsonl",
+            [Prediction(id=str(i), task="qa", prediction="x", references=("x",), lengths=each) for i in range(3)],
+        )
+        for n, each in enumerate(counts)
+    ]
+    page = report_page(make_report(read_systems(files), num_draws=DRAWS), with_paper=False)
+    assert "Score against compression" in page and "nan" not in page.partition("<svg")[2].partition("<h2")[0]
+
+
+def test_plots_of_very_many_tasks_are_folded(tmp_path):
+    lines = [Prediction(id="1", task=f"qa{n}", prediction="x", references=("x",)) for n in range(14)]
+    made = make_report(read_systems([write_lines(tmp_path / "many.jsonl", lines)]), num_draws=DRAWS)
+    page = report_page(made, with_paper=False)
+    assert "<summary>9 more plots</summary>" in page and page.count("<svg") == 15
 
 
 def test_a_system_without_a_task_is_compared_in_the_others(tmp_path, folders):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from arc_ds.comparison.runs import ComparedRun
+from arc_ds.pages.axes import without_middle
 from arc_ds.pages.tables import ABSENT
 
 SEED = "seed"
@@ -97,7 +98,7 @@ def shorten(values: Sequence[str]) -> list[str]:
         if value != ABSENT:
             inner = inner[: len(inner) - end] + ("…" if end else "") if end > _KEPT_CHARS else inner
             inner = "…" + inner[start:] if start > _KEPT_CHARS else inner
-        short[value] = _without_middle(inner)
+        short[value] = without_middle(inner, _MAX_CHARS)
     if len(set(short.values())) < len(short):
         short = {value: f"{text} #{hashlib.sha256(value.encode()).hexdigest()[:4]}" for value, text in short.items()}
     return [short[value] for value in values]
@@ -113,10 +114,3 @@ def _common_start(texts: Sequence[str]) -> str:
 def _boundary(common: str) -> int:
     """Characters of a common part up to its last separator."""
     return max((match.end() for match in re.finditer(r"[/,.:;_\-\s]", common)), default=0)
-
-
-def _without_middle(text: str) -> str:
-    if len(text) <= _MAX_CHARS:
-        return text
-    half = (_MAX_CHARS - 1) // 2
-    return f"{text[:half]}…{text[-half:]}"

@@ -1,4 +1,4 @@
-"""Places and texts of ticks."""
+"""Places of ticks, and short texts of numbers and names."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def number(value: float, digits: int = _DIGITS) -> str:
         if abs(value) >= max(size, 1e4):
             return f"{value / size:.{digits}g}{prefix}"
     return f"{value:.{digits}g}"
+
+
+def without_middle(text: str, max_chars: int) -> str:
+    """A long name loses its middle: names of systems and runs differ at both ends."""
+    half = (max_chars - 1) // 2
+    return text if len(text) <= max_chars else f"{text[:half]}…{text[-half:]}"
 
 
 def tick_texts(values: Sequence[float]) -> list[str]:

@@ -80,7 +80,7 @@ def to_html(table: Table) -> str:
     head = "".join(
         f'<th scope="col"{kind}>{_breakable(column)}</th>' for column, kind in zip(table.columns, kinds, strict=True)
     )
-    body = "".join(f"<tr{_group_of(row)}>{''.join(map(_html_cell, row))}</tr>" for row in table.rows)
+    body = "".join(f"<tr{_group_of(row)}>{''.join(map(_html_cell, row, kinds))}</tr>" for row in table.rows)
     content = f"<table class=sortable><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"{caption_html(table.caption)}<div class=scroll tabindex=0>{content}</div>"
 
@@ -99,12 +99,14 @@ def _group_of(row: Sequence[Cell]) -> str:
     return "" if row[0].group is None else f' data-g="{row[0].group}"'
 
 
-def _html_cell(cell: Cell) -> str:
-    """A cell, with its value for sorting."""
-    is_text = isinstance(cell.value, str)
-    value = str(cell.value).replace("inf", "Infinity")  # as JavaScript writes it
-    sort = "" if cell.value is None or is_text else f' data-v="{value}"'
-    title = f' title="{escape(cell.value)}"' if isinstance(cell.value, str) and cell.value != cell.text else ""
+def _html_cell(cell: Cell, kind: str) -> str:
+    """A cell, with its value for sorting. kind: the class of its column."""
+    if isinstance(cell.value, str):
+        value = f' title="{escape(cell.value)}"' if cell.value != cell.text else ""
+        text = _breakable(cell.text)
+    else:
+        value = "" if cell.value is None else f' data-v="{cell.value}"'.replace("inf", "Infinity")  # as in JavaScript
+        text = escape(cell.text)
     swatch = "" if cell.group is None else f'<i class="sw g{cell.group}"></i>'
     note = f" <small>{escape(cell.note)}</small>" if cell.note else ""
-    return f"<td{' class=t' if is_text else ''}{sort}{title}>{swatch}{_breakable(cell.text)}{note}</td>"
+    return f"<td{kind}{value}>{swatch}{text}{note}</td>"

@@ -14,7 +14,7 @@ from arc_ds.evaluation.report.content import Report, ReportSystem
 from arc_ds.evaluation.report.tables import AVERAGE, METRICS, TITLES, digits_of, unit_of
 from arc_ds.evaluation.scoring import Score
 from arc_ds.evaluation.task import Metric
-from arc_ds.pages.axes import log_ticks, nice_ticks
+from arc_ds.pages.axes import log_ticks, nice_ticks, without_middle
 from arc_ds.pages.frame import NUM_COLOURS
 from arc_ds.pages.svg import Area, figure, picture, placed, x_axis, y_axis
 
@@ -75,7 +75,7 @@ def difference_plots(report: Report) -> str:
                     note += " p<0.001" if found.p_holm < 1e-3 else f" p={found.p_holm:.3f}"
                 points.append(Point(name, groups[name], found.value, found.low, found.high, note))
         if points:
-            unit = f"minus {_short(report.baseline)}: {_unit(report, task)}"
+            unit = f"minus {without_middle(report.baseline, _MAX_LABEL)}: {_unit(report, task)}"
             panels.append(figure(_title(task), dot_plot(points, unit, has_zero=True)))
     return _grid(panels)
 
@@ -140,7 +140,7 @@ def dot_plot(points: Sequence[Point], unit: str, *, has_zero: bool = False) -> s
     unit: label of the x-axis.
     has_zero: whether the axis contains 0, with a line.
     """
-    left = 14 + _CHAR * max(len(_short(point.label)) for point in points)
+    left = 14 + _CHAR * max(len(without_middle(point.label, _MAX_LABEL)) for point in points)
     right = 10 + _CHAR * max(len(point.note) for point in points)
     low, high = _range([value for point in points for value in point[2:5]] + ([0.0] if has_zero else []))
     base = _TOP + _ROW * len(points)
@@ -154,12 +154,13 @@ def dot_plot(points: Sequence[Point], unit: str, *, has_zero: bool = False) -> s
         parts.append(f'<path class=axis d="M{x_of(0):.1f} {_TOP}V{base}"/>')
     for row, point in enumerate(points):
         y = _TOP + _ROW * (row + 0.5)
+        name = escape(without_middle(point.label, _MAX_LABEL))
         bar = (
             "" if math.isnan(point.low) else f'<path class=bar d="M{x_of(point.low):.1f} {y}H{x_of(point.high):.1f}"/>'
         )
         parts.append(
             f'<g class="g{point.group}">{_tooltip(point)}{bar}{_marker(point.group, x_of(point.value), y)}'
-            f'<text x="{left - 8:.1f}" y="{y + 4}" class="end name">{escape(_short(point.label))}</text>'
+            f'<text x="{left - 8:.1f}" y="{y + 4}" class="end name">{name}</text>'
             f'<text x="{_WIDTH - right + 8:.1f}" y="{y + 4}" class=note>{escape(point.note)}</text></g>'
         )
     return picture(_WIDTH, base + _BOTTOM, unit, parts)
@@ -209,7 +210,7 @@ def _labels(points: Sequence[Point], x_of: Callable[[float], float], y_of: Calla
     taken = [(x_of(p.x) - 5, y_of(p.value) - 5, x_of(p.x) + 5, y_of(p.value) + 5) for p in points]
     parts = []
     for point in sorted(points, key=lambda each: -each.value):
-        x, y, text = x_of(point.x), y_of(point.value), _short(point.label)
+        x, y, text = x_of(point.x), y_of(point.value), without_middle(point.label, _MAX_LABEL)
         boxes = _places(x, y, _CHAR * len(text))
         free = [box for box in boxes if not any(_overlap(box, other) for other in taken)]
         clear = (box for box in free if not any(_overlap(box, other) for other in intervals))
@@ -259,9 +260,3 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(known), max(known)
     margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     return low - margin, high + margin
-
-
-def _short(text: str) -> str:
-    """A long name loses its middle: names of systems differ at both ends."""
-    half = _MAX_LABEL // 2
-    return text if len(text) <= _MAX_LABEL else f"{text[: half - 1]}…{text[-half:]}"

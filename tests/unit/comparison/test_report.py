@@ -128,6 +128,7 @@ def test_seeds_without_a_common_step_are_drawn_singly_even_among_many_runs() -> 
 def test_extreme_values_make_a_page(is_log: bool) -> None:
     points = ({1: 1e308, 2: 5e-324, 3: 1.0}, {1: -1e308, 2: math.nan, 3: math.inf}, {1: 1e-300, 2: 1e149, 3: 2.0})
     runs = [make_run(f"a{n}", {"train/loss": each}, {"seed": str(n)}) for n, each in enumerate(points)]
+    runs.append(make_run("no value", {"train/loss": {1: math.nan}}, {"lr": "1"}))
     for chosen in (runs, runs[:1], runs[1:2], runs[2:]):
         comparison = compare_runs(chosen, Options(is_log=is_log))
         page = render_page(comparison, make_panels(comparison), title="", command="")
@@ -287,6 +288,12 @@ def test_the_page_needs_no_other_file_and_escapes_names(tmp_path: Path) -> None:
         "curves.svg",
     }
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_without_any_value_has_an_empty_picture(tmp_path: Path) -> None:
+    comparison = compare_runs([make_run("a", {"train/loss": {1: math.nan}})], Options())
+    (page, *_, picture, _) = write_files(comparison, tmp_path, title="", command="")
+    assert "Without a finite value: train/loss" in page.read_text() and picture.name == "curves.png"
 
 
 def test_csv_files_hold_whole_values(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.comparison import Comparison, check_comparable, compare_stats, with_clusters
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MAX_NOTE = 600
+_BAR: dict[str, Any] = {"unit": "system", "disable": None, "leave": False}
 Draws = Mapping[str, Mapping[Metric, "NDArray[np.float64]"]]
 
 
@@ -152,7 +154,9 @@ def make_report(
     comparable = iter(with_clusters(*(each for place, each in enumerate(systems) if place not in different)))
     completed = [each if place in different else next(comparable) for place, each in enumerate(systems)]
     tasks = in_paper_order({each.task for system in systems for file in system.seeds for each in file.predictions})
-    made = [_report_system(each, tasks, metric, lowercase, num_draws) for each in completed]
+    made = [
+        _report_system(each, tasks, metric, lowercase, num_draws) for each in tqdm(completed, desc="scores", **_BAR)
+    ]
     base = made[base_idx]
     apart = [
         f"{each.name} has no task in common with {base.name}, so they are not compared."
@@ -160,7 +164,7 @@ def make_report(
         if not each.stats.keys() & base.stats.keys()
     ]
     comparisons, counts, samples = {}, {}, []
-    for place, other in enumerate(made):
+    for place, other in enumerate(tqdm(made, desc="differences", **_BAR)):
         common = [task for task in base.stats if task in other.stats]
         if place == base_idx or not common:
             continue

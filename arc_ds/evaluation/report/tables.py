@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
 from arc_ds.config.load import flatten_tree
 from arc_ds.evaluation.comparison import Difference
 from arc_ds.evaluation.metrics import metrics_of, signature
-from arc_ds.evaluation.report.content import GapClosed, Report, ReportSystem, description_of
+from arc_ds.evaluation.report.content import GapClosed, Report, ReportSystem, Sizes, description_of
 from arc_ds.evaluation.report.paper import PaperRow, paper_rows
 from arc_ds.evaluation.scoring import Score, by_task, is_bleu_lowercase
 from arc_ds.evaluation.task import Metric
@@ -46,6 +46,7 @@ METRICS: dict[Metric, str] = {
     "chrf": "chrF",
     "nll": "NLL",
 }
+_SCORE_FIELDS = ("value", "low", "high", "stderr", "seed_sd", "n", "num_clusters")
 # Keys of run.json that have a table of their own, or too much content.
 _OTHER_TABLES = ("config", "systems", "samples", "skipped", "shortened", "prompts")
 
@@ -65,8 +66,8 @@ def notes_of(report: Report) -> list[str]:
     skipped = [
         f"{system.name}: {count} of {TITLES.get(task, task)} ({reason})"
         for system in report.systems
-        for reason, by_task in _skipped(system).items()
-        for task, count in by_task.items()
+        for reason, by in _skipped(system).items()
+        for task, count in by.items()
         if count
     ]
     return [*report.notes, *([f"Scores leave out skipped samples: {'; '.join(skipped)}."] if skipped else [])]
@@ -241,9 +242,7 @@ def difference_csv_table(report: Report) -> Table:
         for task, metric, difference in found:
             counts = report.pair_counts.get((name, task)) if difference.p_holm is not None else None
             values = [*asdict(difference).values(), *(counts or (None, None, None))]
-            rows.append(
-                (*map(text_cell, (report.baseline, name, task, metric)), *(Cell("", value) for value in values))
-            )
+            rows.append(tuple(Cell("", value) for value in (report.baseline, name, task, metric, *values)))
     names = tuple(each.name for each in fields(Difference))
     columns = ("baseline", "system", "task", "metric", *names, "num_better", "num_worse", "num_equal")
     return Table("differences", f"Differences from {report.baseline}", columns, tuple(rows))
@@ -277,21 +276,9 @@ def metric_table(report: Report) -> Table:
         for task, metrics in system.scores.items()
         for metric, score in metrics.items()
     ]
-    columns = (
-        "system",
-        "task",
-        "metric",
-        "score",
-        "low",
-        "high",
-        "std. error",
-        "sd of seeds",
-        "n",
-        "clusters",
-        "seeds",
-    )
+    numbers = ("score", "low", "high", "std. error", "sd of seeds", "n", "clusters", "seeds")
     caption = "Points of 100; NLL in nats per token of the first reference, where lower is better."
-    return Table("metrics", "All metrics", columns, tuple(rows), caption)
+    return Table("metrics", "All metrics", ("system", "task", "metric", *numbers), tuple(rows), caption)
 
 
 def score_csv_table(report: Report) -> Table:
@@ -300,25 +287,11 @@ def score_csv_table(report: Report) -> Table:
     for system in report.systems:
         for task, metrics in system.scores.items():
             for metric, score in metrics.items():
-                values = (score.value, score.low, score.high, score.stderr, score.seed_sd, score.n, score.num_clusters)
-                numbers = [Cell("", value) for value in (*values, *system.sizes[task])]
+                values = (*(getattr(score, field) for field in _SCORE_FIELDS), *system.sizes[task])
                 is_headline = str(metric == system.stats[task].headline).lower()
-                rows.append((*map(text_cell, (system.name, task, metric, is_headline)), *numbers))
-    sizes = ("ratio", "ratio_of_sums", "prompt_ratio", "prompt_rows", "new_tokens")
-    columns = (
-        "system",
-        "task",
-        "metric",
-        "is_headline",
-        "value",
-        "low",
-        "high",
-        "stderr",
-        "seed_sd",
-        "n",
-        "num_clusters",
-    )
-    return Table("scores", "Scores", (*columns, *sizes), tuple(rows))
+                rows.append(tuple(Cell("", value) for value in (system.name, task, metric, is_headline, *values)))
+    columns = ("system", "task", "metric", "is_headline", *_SCORE_FIELDS, *Sizes._fields)
+    return Table("scores", "Scores", columns, tuple(rows))
 
 
 def nll_tables(report: Report) -> list[Table]:
@@ -355,7 +328,7 @@ def count_table(report: Report) -> Table:
             counts: dict[str, Cell] = {
                 "answers": _count(len(answers)),
                 "clusters": _count(score.num_clusters),
-                **{f"skipped: {reason}": _count(counts[task]) for reason, counts in skipped.items()},
+                **{f"skipped: {reason}": _count(by[task]) for reason, by in skipped.items()},
                 "shortened": _count(_shortened(system).get(task)),
                 "empty": _count(stats.num_empty),
             }
@@ -446,9 +419,7 @@ def _scalar_text(value: object) -> str:
 
 def signatures(report: Report) -> Mapping[str, str]:
     """The settings of the metrics."""
-    metrics: Iterable[Metric] = dict.fromkeys(
-        m for system in report.systems for task in system.scores.values() for m in task
-    )
+    metrics = dict.fromkeys(m for system in report.systems for task in system.scores.values() for m in task)
     lowercase = is_bleu_lowercase(*(system.results for system in report.systems))
     return {METRICS[metric]: signature(metric, bleu_lowercase=lowercase) for metric in metrics}
 

@@ -17,6 +17,7 @@ from arc_ds.comparison.page import render_page
 from arc_ds.comparison.panels import x_axes
 from arc_ds.comparison.report import Options, compare_runs, make_panels, to_json
 from arc_ds.comparison.summary import direction_of, parse_best, speed_and_memory, summarize
+from arc_ds.comparison.svg import draw_panel
 from arc_ds.comparison.tables import to_text
 from arc_ds.errors import DataError
 from arc_ds.pages.tables import Cell, Table
@@ -95,6 +96,7 @@ def test_a_difference_beyond_the_spread_of_seeds_is_clear_and_high_values_may_be
     ]
     comparison = compare_runs(runs, Options())
     assert "high values are better): b (4 seeds), best value 50.15" in comparison.verdict[0]
+    assert comparison.tables["runs"].rows[-1][2].value == pytest.approx(10.3)  # behind the first one
     assert "is 10 worse" in comparison.verdict[0] and "seeds alone do not explain it" in comparison.verdict[1]
     only = compare_runs(runs[:1], Options()).verdict
     assert only == ("Only a0 has a value of eval/qa/f1 (high values are better): 40.",)
@@ -120,7 +122,7 @@ def test_seeds_without_a_common_step_are_drawn_singly_even_among_many_runs() -> 
     runs = [make_run(f"a{n}", {"train/loss": falling(3.0), "m": {90 + n: 5.0}}, {"seed": str(n)}) for n in range(2)]
     runs += [make_run(f"b{n}", {"train/loss": falling(4.0)}, {"lr": str(n)}) for n in range(9)]
     panel = next(panel for panel in make_panels(compare_runs(runs, Options())) if panel.metric == "m")
-    assert [one.label for one in panel.series] == ["a0", "a1"]
+    assert [one.label for one in panel.series] == ["a0", "a1"] and draw_panel(panel).count('class="dots') == 2
 
 
 @pytest.mark.filterwarnings("error")

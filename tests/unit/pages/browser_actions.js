@@ -11,6 +11,7 @@ const act = (frame) => {
     sideways: page.documentElement.scrollWidth - view.innerWidth,
   };
   const table = one("table"), heads = table.tHead.rows[0].cells;
+  here.first_column = heads[0].offsetWidth;
   heads[1].click();
   here.up = column(table, 1);
   press(heads[1], "Enter");

@@ -28,7 +28,10 @@ REPORT_ERRORS = "<script>onerror = (message) => parent.found.errors.push(message
 def test_scripts_sort_filter_and_highlight_by_mouse_and_keyboard(tmp_path):
     report = make_report(read_systems(fake_folders(tmp_path, SYSTEMS[:3], {"nq": 40, "squad": 40})), num_draws=100)
     points = [{"train/loss": falling(3.0 + n), "train/grad_norm": falling(2.0)} for n in range(11)]
-    comparison = compare_runs([make_run(f"r{n}", each, {"lr": str(n)}) for n, each in enumerate(points)], Options())
+    points.append({"train/grad_norm": falling(2.0)})
+    names = [f"r{n}{'_long_name' * 9}" for n in range(12)]
+    runs = [make_run(name, each, {"lr": str(n)}) for n, (name, each) in enumerate(zip(names, points, strict=True))]
+    comparison = compare_runs(runs, Options())
     pages = {
         "report": report_page(report, with_paper=True),
         "comparison": render_page(comparison, make_panels(comparison), title="Runs", command="arc-ds compare"),
@@ -49,14 +52,16 @@ def test_scripts_sort_filter_and_highlight_by_mouse_and_keyboard(tmp_path):
     for name in pages:
         here = found[name]
         assert here["requests"] == 0 and here["sideways"] <= 0  # no other file, and no sideways scrolling at 600 px
-        assert here["up"] == here["down"][::-1] and here["up"] != here["down"]
+        up, down = (list(filter("–".__ne__, here[order])) for order in ("up", "down"))
+        assert up == down[::-1] and up != down
     assert found["report"]["names"] == ["ARC4", "closed book"]
-    assert found["comparison"]["names"] == [f"r{n}" for n in range(11)]  # r10 comes after r9
+    assert found["comparison"]["names"] == names  # r10 comes after r9
     here = found["report"]
     num_better = sum(sample.difference > 0 for sample in report.samples)
     assert here["all"] == f"{len(report.samples)} shown"
     assert here["better"] == [f"{num_better} shown", num_better]
     here = found["comparison"]
-    assert here["stops"] == 11 and here["plots"] == ["train/grad_norm"]
+    assert here["up"][-1] == here["down"][-1] == "–" and here["first_column"] < 260
+    assert here["stops"] == 12 and here["plots"] == ["train/grad_norm"]
     assert here["pinned"] == ["on", True, "true"] and here["unpinned"] is False
-    assert here["tip"] == "r10: 8.28 at 10"  # 1 + 12 exp(-0.5), to a tenth of a pixel
+    assert here["tip"] == f"{names[10]}: 8.28 at 10"  # 1 + 12 exp(-0.5), to a tenth of a pixel

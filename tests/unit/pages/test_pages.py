@@ -18,7 +18,7 @@ TABLE = Table(
     "Title",
     ("name", "score"),
     (
-        (text_cell(HOSTILE, group=3), Cell("0.3", 1 / 3, "[0.1, 0.5]")),
+        (text_cell(HOSTILE, "<b>", group=3), Cell("0.3", 1 / 3, "[0.1, 0.5]")),
         (text_cell("b"), EMPTY),
         (text_cell("c"), Cell("∞", math.inf)),
         (text_cell("d"), Cell("-∞", -math.inf)),
@@ -35,7 +35,7 @@ def test_csv_keeps_whole_values_and_hostile_texts():
 def test_markdown_rows_have_one_line_and_numbers_align_right():
     lines = to_markdown(TABLE).splitlines()
     assert lines[1] == "| --- | ---: |"
-    assert lines[2] == '| &lt;b>&amp;"a"\\| | 0.3 [0.1, 0.5] |'
+    assert lines[2] == '| &lt;b>&amp;"a"\\| &lt;b> | 0.3 [0.1, 0.5] |'
     assert markdown_text("*a* `b`\n# [c](d) [1, 2]") == "\\*a\\* \\`b\\` # [c\\](d) [1, 2]"
 
 

@@ -1,4 +1,4 @@
-"""How far runs lie behind the first one, and whether seeds alone may explain it."""
+"""The distance of runs from the first one, and whether seeds alone may explain it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def best_values(
 
 
 def behind(first: Sequence[float], other: Sequence[float], direction: Direction) -> tuple[float, float, float]:
-    """How far the mean over seeds lies behind that of the first group, with its 95% interval.
+    """The distance of a group's mean over seeds from that of the first group, with its 95% interval.
 
-    The interval is Welch's with the degrees of freedom of the group with fewer seeds, which makes it rather too wide.
-    It is NaN if one of them has a single seed. Negative values are better than the first group.
+    The interval is Welch's with the degrees of freedom of the group with fewer seeds, which is conservative. It is NaN
+    if one of them has a single seed. Positive values are worse than the first group.
     """
     sign = 1 if direction == "min" else -1
     value = sign * float(np.mean(other) - np.mean(first))

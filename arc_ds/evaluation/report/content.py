@@ -107,7 +107,8 @@ class Report:
     comparisons: comparison of each other system, by its name. Systems without a common task are left out.
     pair_counts: samples in which a system is better or worse than the baseline, by its name and task.
     samples: samples in which it differs from the baseline, a bounded number.
-    gap_closed: by system and task, if there are answer NLLs and closed-book and open-book systems of the same decoder.
+    gap_closed: by system and task, if there are answer NLLs and closed-book and open-book systems of the same decoder,
+        on the same questions.
     different: names of systems whose questions, data or protocols differ from those of other systems.
     notes: sentences on limits of the comparison.
     """
@@ -189,7 +190,7 @@ def make_report(
         comparisons=comparisons,
         pair_counts=counts,
         samples=tuple(_first_of_each(samples, max_samples)),
-        gap_closed=_gaps_closed(made),
+        gap_closed=_gaps_closed([each for place, each in enumerate(made) if place not in different]),
         different=frozenset(systems[place].name for place in different),
         notes=(*notes.values(), *apart),
     )

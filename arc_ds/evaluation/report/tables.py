@@ -79,7 +79,7 @@ def _system_cell(report: Report, name: str) -> Cell:
 
 
 def verdict_table(report: Report) -> Table:
-    """What decides between systems: difference, tasks in which it is clear, and cost; one row for each system."""
+    """The numbers that decide between systems: difference, cost, and tasks in which the difference is clear."""
     rows = []
     for name, comparison in report.comparisons.items():
         by_sign: dict[int, list[str]] = {1: [], -1: [], 0: []}

@@ -29,7 +29,7 @@ def test_scripts_sort_filter_and_highlight_by_mouse_and_keyboard(tmp_path):
     report = make_report(read_systems(fake_folders(tmp_path, SYSTEMS[:3], {"nq": 40, "squad": 40})), num_draws=100)
     points = [{"train/loss": falling(3.0 + n), "train/grad_norm": falling(2.0)} for n in range(11)]
     points.append({"train/grad_norm": falling(2.0)})
-    names = [f"r{n}{'_long_name' * 9}" for n in range(12)]
+    names = [f"r{n}{'x' * 70}" for n in range(12)]
     runs = [make_run(name, each, {"lr": str(n)}) for n, (name, each) in enumerate(zip(names, points, strict=True))]
     comparison = compare_runs(runs, Options())
     pages = {

@@ -68,7 +68,7 @@ def notes_of(report: Report) -> list[str]:
         for system in report.systems
         for reason, by in _skipped(system).items()
         for task, count in by.items()
-        if count
+        if count and task in report.tasks
     ]
     return [*report.notes, *([f"Scores leave out skipped samples: {'; '.join(skipped)}."] if skipped else [])]
 

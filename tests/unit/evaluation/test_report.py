@@ -229,7 +229,7 @@ def test_hostile_texts_stay_texts(tmp_path):
     assert HOSTILE in tags.text and "✓ wrong" not in tags.text and tags.text.count("✓") == 6
     outside = [value for name, value in tags.attributes if name in ("src", "href") and not value.startswith("#")]
     assert outside == [] and "@import" not in page and "url(" not in page
-    markdown = report_markdown(made, with_paper=True)
+    markdown = report_markdown(replace(made, notes=(HOSTILE,)), with_paper=True)
     assert "<script" not in markdown and "## Differences from a&lt;/article>" in markdown
 
 
@@ -316,8 +316,10 @@ def test_the_verdict_counts_clear_tasks_and_states_the_cost(report, folders):
     assert rows_of(verdict_table(made))[0]["better in"].text == "2: NQ, SQuAD"  # lower NLL is better
 
 
-def test_skipped_samples_are_named_above_the_scores(report):
-    assert notes_of(report) == ["Scores leave out skipped samples: open book: 2 of HotpotQA (too long)."]
+def test_skipped_samples_of_shown_tasks_are_named_above_the_scores(tmp_path, report):
+    made = make_report(read_systems([str(fake_results(tmp_path, OPEN, {"hotpotqa": 4}))]), num_draws=DRAWS)
+    assert notes_of(made) == ["Scores leave out skipped samples: open book: 2 of HotpotQA (too long)."]
+    assert notes_of(report) == []
 
 
 def test_empty_documents_and_prompts_have_no_place_on_a_logarithmic_axis(tmp_path):

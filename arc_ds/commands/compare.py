@@ -127,7 +127,7 @@ def _summary(comparison: Comparison, extra: list[Table]) -> str:
     notes = [f"note: {note}" for note in comparison.notes]
     equal = [] if "config" in comparison.tables else ["The configs of the runs are equal."]
     texts = [_text(table, _ROWS if len(comparison.runs) > FEW_RUNS else _ROWS_FOR_FEW) for table in (*tables, *extra)]
-    return "\n\n".join([*texts, *equal, *(["\n".join(notes)] if notes else [])])
+    return "\n\n".join([" ".join(comparison.verdict), *texts, *equal, *(["\n".join(notes)] if notes else [])])
 
 
 def _text(table: Table, max_rows: int = _ROWS) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from arc_ds.comparison.runs import ComparedRun
 from arc_ds.config.load import defines_results
 from arc_ds.errors import DataError
+from arc_ds.pages.axes import without_middle
 from arc_ds.pages.tables import ABSENT
 from arc_ds.tracking.mlflow_server import HELD_OUT
 
@@ -162,7 +163,7 @@ def shorten(values: Sequence[str]) -> list[str]:
         if value != ABSENT:
             inner = inner[: len(inner) - end] + ("…" if end else "") if end > _KEPT_CHARS else inner
             inner = "…" + inner[start:] if start > _KEPT_CHARS else inner
-        short[value] = _without_middle(inner)
+        short[value] = without_middle(inner, _MAX_CHARS)
     if len(set(short.values())) < len(short):
         short = {value: f"{text} #{hashlib.sha256(value.encode()).hexdigest()[:4]}" for value, text in short.items()}
     return [short[value] for value in values]
@@ -178,10 +179,3 @@ def _common_start(texts: Sequence[str]) -> str:
 def _boundary(common: str) -> int:
     """Characters of a common part up to its last separator."""
     return max((match.end() for match in re.finditer(r"[/,.:;_\-\s]", common)), default=0)
-
-
-def _without_middle(text: str) -> str:
-    if len(text) <= _MAX_CHARS:
-        return text
-    half = (_MAX_CHARS - 1) // 2
-    return f"{text[:half]}…{text[-half:]}"

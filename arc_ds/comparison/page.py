@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from arc_ds.comparison.panels import Panel
-from arc_ds.comparison.report import FEW_RUNS, MAX_COLOURS, Comparison
+from arc_ds.comparison.panels import DASHES, Panel
+from arc_ds.comparison.report import FEW_RUNS, Comparison
 from arc_ds.comparison.svg import draw_panel
-from arc_ds.comparison.tables import to_html
-from arc_ds.pages.frame import common_style, notes_html, sorting_script
-from arc_ds.pages.tables import Table
-from arc_ds.version import __version__
+from arc_ds.pages import frame
+from arc_ds.pages.frame import NUM_COLOURS
+from arc_ds.pages.svg import figure
+from arc_ds.pages.tables import Table, caption_html, text_cell, to_html
 
 _HERE = Path(__file__).parent
 
@@ -31,86 +31,74 @@ def render_page(
     runs, groups, tables = comparison.runs, comparison.groups, comparison.tables
     head = (
         f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-        + (f" in {len(groups)} groups of seeds" if len(groups) < len(runs) else "")
+        + (f" of {len(groups)} config{'s' if len(groups) > 1 else ''}" if len(groups) < len(runs) else "")
         + f", {len(comparison.metrics)} metrics, x-axis: {comparison.x_label}"
     )
     # The table of many runs has the first differing keys already.
     is_many = len(runs) > FEW_RUNS
     before = ["runs", "groups", *([] if is_many else ["config"])]
     after = [*(["config"] if is_many else []), "last", "best", "at", "speed", "environment"]
-    shown_after = [tables[name] for name in after if name in tables]
-    evaluation = [*([tables["evaluation"]] if "evaluation" in tables else []), *extra]
-    anchors = [*(tables[name] for name in before if name in tables)]
-    links = [(each.name, each.title) for each in anchors] + [("evaluation", "Evaluation")] * bool(evaluation)
-    links += [("curves", "Curves"), *((each.name, each.title) for each in shown_after)]
-    return "".join(
-        (
-            f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width">'
-            f"<title>{escape(title)}</title><style>{common_style()}{_text('page.css')}{_colours(comparison)}</style></head>",
-            f'<body class="{"many" if len(groups) > MAX_COLOURS else ""}"><h1>{escape(title)}</h1>',
-            f"<div class=sub>{escape(head)}. ARC-DS {__version__}</div><nav>",
-            *(f'<a href="#{name}">{escape(text)}</a>' for name, text in links),
-            f"</nav>{notes_html(comparison.notes)}",
-            *(_section(each) for each in anchors),
-            "" if "config" in tables else "<h2>Config differences</h2><p>The configs of the runs are equal.</p>",
-            "<h2 id=evaluation>Evaluation</h2>" if evaluation else "",
-            *((f"<h3>{escape(each.title)}</h3>" if each in extra else "") + to_html(each) for each in evaluation),
-            _curves(comparison, panels),
-            *(_section(each) for each in shown_after),
-            _sources(comparison),
-            f"<p class=cap>Made by <code>{escape(command)}</code></p><div id=tip></div>",
-            f"<script>{sorting_script()}{_text('page.js')}</script></body></html>\n",
-        )
+    first, rest = (
+        [(tables[name].title, to_html(tables[name])) for name in names if name in tables] for names in (before, after)
     )
-
-
-def _text(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")
+    evaluation = [to_html(tables["evaluation"])] if "evaluation" in tables else []
+    evaluation += [f"<h3>{escape(each.title)}</h3>{to_html(each)}" for each in extra]
+    sources = Table(
+        "sources", "", ("run", "source"), tuple((text_cell(run.name), text_cell(run.source)) for run in runs)
+    )
+    made_by = f"<p class=cap>Made by <code>{escape(command)}</code></p>"
+    return frame.render_page(
+        title,
+        head,
+        [
+            ("In short", "".join(f"<p>{escape(sentence)}</p>" for sentence in comparison.verdict)),
+            *first,
+            *([("Evaluation", "".join(evaluation))] if evaluation else []),
+            ("Curves", _curves(comparison, panels)),
+            *rest,
+            ("Sources", to_html(sources) + made_by),
+        ],
+        notes=comparison.notes,
+        style=(_HERE / "page.css").read_text("utf-8") + _colours(comparison),
+        script=(_HERE / "page.js").read_text("utf-8"),
+        kind="many" if len(groups) > NUM_COLOURS else "",
+    )
 
 
 def _colours(comparison: Comparison) -> str:
     """The colour of each group. If there are more groups than colours, the best ones have one; the others are grey."""
-    num = min(len(comparison.groups), MAX_COLOURS)
-    rules = [f".g{place}{{--c:var(--p{place})}}" for place in range(num)]
-    # Later colours are also dashed, so that lines differ without colour.
-    rules += [
+    num = min(len(comparison.groups), NUM_COLOURS)
+    rules = [
         f".many .line.g{place}{{opacity:1;stroke-width:1.5}}.many .band.g{place}{{opacity:.12}}" for place in range(num)
     ]
-    return "".join(rules) + "".join(f".line.g{place}{{stroke-dasharray:{dash}}}" for place, dash in _dashes(num))
-
-
-def _dashes(num: int) -> Iterator[tuple[int, str]]:
-    for place in range(4, num):
-        yield place, ("7 3", "3 2", "9 2 2 2", "1.5 2.5")[place - 4]
-
-
-def _section(table: Table) -> str:
-    return f'<h2 id="{table.name}">{escape(table.title)}</h2>{to_html(table)}'
+    dashes = [
+        f".line.g{place}{{stroke-dasharray:{' '.join(map(str, dash))}}}"
+        for place, dash in enumerate(DASHES[:num])
+        if dash
+    ]
+    return "".join([frame.colours(num), *rules, *dashes])
 
 
 def _curves(comparison: Comparison, panels: Sequence[Panel]) -> str:
     """The legend, and the plots by the first part of the metric's name."""
-    shown = comparison.groups[:MAX_COLOURS]
+    groups = comparison.groups
+    num = min(len(groups), NUM_COLOURS)
     legend = [
-        f'<span data-g="{place}"><i class="sw g{place}"></i>{escape(_labelled(comparison, place))}</span>'
-        for place in range(len(shown))
+        f'<span role=button data-g="{place}"><i class="sw g{place}"></i>{escape(_labelled(comparison, place))}</span>'
+        for place in range(num)
     ]
-    if len(comparison.groups) > len(shown):
-        legend.append(
-            f"<span><i class=sw></i>{len(comparison.groups) - len(shown)} others (click one in a table)</span>"
-        )
-    legend.append(
-        '<input id=filter type=search placeholder="show plots whose name has …" aria-label="filter of plots">'
-    )
-    parts = ["<h2 id=curves>Curves</h2>"]
-    if any(len(group.members) > 1 for group in comparison.groups):
-        parts.append(
-            "<p class=cap>Runs that differ in the seed only are drawn as mean and band of one standard deviation.</p>"
-        )
-    if len(comparison.groups) > len(shown):
+    legend += [f"<span><i class=sw></i>{len(groups) - num} others (click one in a table)</span>"] * (len(groups) > num)
+    captions = []
+    if any(len(group.members) > 1 for group in groups):
+        captions.append("Runs that differ in the seed only are drawn as mean and band of one standard deviation.")
+    if len(groups) > num:
         metric, direction = comparison.best
-        parts.append(f"<p class=cap>The {len(shown)} best by {escape(metric)} ({direction}) have colours.</p>")
-    parts.append(f"<div class=legend>{''.join(legend)}</div>")
+        captions.append(f"The {num} best by {metric} ({direction}) have colours.")
+    parts = [
+        *map(caption_html, captions),
+        f"<div class=legend>{''.join(legend)}"
+        '<input id=filter type=search placeholder="show plots whose name has …" aria-label="filter of plots"></div>',
+    ]
     drawn = [panel for panel in panels if panel.series]
     main = set(comparison.metrics[: comparison.num_main])
     sections = groupby(drawn, key=lambda panel: "" if panel.metric in main else panel.metric.partition("/")[0])
@@ -118,7 +106,7 @@ def _curves(comparison: Comparison, panels: Sequence[Panel]) -> str:
         parts.append(f"<h3>{escape(section)}</h3><div class=grid-of>{''.join(map(_figure, members))}</div>")
     if len(drawn) < len(panels):
         names = ", ".join(panel.metric for panel in panels if not panel.series)
-        parts.append(f"<p class=cap>Without a finite value: {escape(names)}</p>")
+        parts.append(caption_html(f"Without a finite value: {names}"))
     return "".join(parts)
 
 
@@ -134,18 +122,6 @@ def _labelled(comparison: Comparison, place: int) -> str:
 
 
 def _figure(panel: Panel) -> str:
-    metric = panel.metric
     details = ", ".join(filter(None, (panel.unit, "logarithmic" if panel.is_log else "")))
     details = escape(". ".join(filter(None, (details, panel.note)))) or "&nbsp;"
-    return (
-        f'<figure data-m="{escape(metric)}"><figcaption>{escape(metric)}<br><small>{details}</small>'
-        f"</figcaption>{draw_panel(panel)}</figure>"
-    )
-
-
-def _sources(comparison: Comparison) -> str:
-    rows = "".join(
-        f"<tr><td class=t>{escape(run.name)}</td><td class=t><code>{escape(run.source)}</code></td></tr>"
-        for run in comparison.runs
-    )
-    return f"<h2>Sources</h2><div class=scroll><table><tbody>{rows}</tbody></table></div>"
+    return figure(panel.metric, draw_panel(panel), details)

@@ -36,6 +36,9 @@ _UNITS = (
 )
 _RATE = {"tokens": ("speed/encoder_tokens_per_s", 1.0), "flops": ("speed/tflops_per_s", 1e12)}
 _STEP_S = "speed/step_s"
+# Of the lines of the first groups. Later ones are dashed too, so that lines differ without colour.
+DASHES: tuple[tuple[float, ...], ...] = ((), (), (), (), (7, 3), (3, 2), (9, 2, 2, 2), (1.5, 2.5))
+_LARGEST = 1e150  # squares of larger values overflow
 _MARKED_POINTS = 40  # a curve with fewer points shows each of them
 _WARM_UP = 0.1  # of the x-axis; losses fall steeply there
 _OUTLIERS = 0.01
@@ -152,16 +155,19 @@ def make_panel(
     edges = np.linspace(*x_range, bins + 1)
     thin = [_thinned(x, y, edges) for x, y, _ in points]
     series: list[Series] = []
+    num_left_out = 0
     for place, group in enumerate(groups):
         own = [(member, *thin[member]) for member in group.members if len(thin[member][0])]
         if len(own) == 1:
             ((_, x, y),) = own
             series.append(Series(group=place, label=group.label, x=x, y=y, is_marked=with_members and _is_short(x)))
             continue
-        if with_members:
+        mean = _mean_and_band([(x, y) for _, x, y in own], x_range[0]) if own else None
+        if with_members or mean is None:
             series += [Series(group=place, label=runs[m].name, x=x, y=y, is_member=True) for m, x, y in own]
-        if own and (mean := _mean_and_band([(x, y) for _, x, y in own])) is not None:
-            x, y, low, high = mean
+        if mean is not None:
+            x, y, low, high, num_short = mean
+            num_left_out += num_short
             is_marked = with_members and _is_short(x)
             series.append(Series(group=place, label=group.label, x=x, y=y, low=low, high=high, is_marked=is_marked))
     shown = np.concatenate([one.y for one in series] or [np.zeros(0)])
@@ -171,8 +177,9 @@ def make_panel(
     limits, num_outside = _limits(shown, later, is_log)
     num_lost = sum(lost for _, _, lost in points)
     notes = [
-        f"{num_lost} NaN or infinite value(s) are not drawn." if num_lost else "",
-        f"{num_outside} drawn point(s) lie outside the shown range." if num_outside else "",
+        f"{_count(num_lost, 'NaN or infinite value')} not drawn." if num_lost else "",
+        f"{_count(num_outside, 'drawn point')} outside the shown range." if num_outside else "",
+        f"{_count(num_left_out, 'seed')} not in a mean: ended early." if num_left_out else "",
     ]
     return Panel(
         metric=metric,
@@ -186,6 +193,10 @@ def make_panel(
     )
 
 
+def _count(num: int, noun: str) -> str:
+    return f"{num} {noun}{' is' if num == 1 else 's are'}"
+
+
 def _is_short(x: Floats) -> bool:
     return len(x) <= _MARKED_POINTS
 
@@ -197,12 +208,12 @@ def _x_range(axes: Sequence[Curve]) -> tuple[float, float]:
 
 
 def _points(curve: Curve | None, axis: Curve) -> tuple[Floats, Floats, int]:
-    """Finite points of a metric over x, and the number of other points."""
+    """Points of a metric over x, and the number of points that cannot be drawn."""
     if curve is None or not len(axis.steps):
         return np.zeros(0), np.zeros(0), 0
-    is_finite = np.isfinite(curve.values)
-    x = np.interp(curve.steps[is_finite], axis.steps, axis.values)
-    return x, curve.values[is_finite], int(np.count_nonzero(~is_finite))
+    is_drawn = np.abs(curve.values) < _LARGEST  # not for NaN
+    x = np.interp(curve.steps[is_drawn], axis.steps, axis.values)
+    return x, curve.values[is_drawn], int(np.count_nonzero(~is_drawn))
 
 
 def _thinned(x: Floats, y: Floats, edges: Floats) -> tuple[Floats, Floats]:
@@ -215,16 +226,27 @@ def _thinned(x: Floats, y: Floats, edges: Floats) -> tuple[Floats, Floats]:
     return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
 
 
-def _mean_and_band(lines: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats, Floats, Floats] | None:
-    """Mean of several lines, less and plus a standard deviation, over the range that all of them share."""
-    start, end = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
-    grid = np.unique(np.concatenate([x for x, _ in lines[:1]]))
+def _mean_and_band(
+    lines: Sequence[tuple[Floats, Floats]], origin: float
+) -> tuple[Floats, Floats, Floats, Floats, int] | None:
+    """Mean of several lines, less and plus a standard deviation, over the range that they share.
+
+    Lines that ended before the middle of the longest one are left out; the last value is their number. None if they
+    share no range.
+
+    origin: start of the x-axis.
+    """
+    last = max(x[-1] for x, _ in lines)
+    kept = [(x, y) for x, y in lines if x[-1] - origin >= (last - origin) / 2]
+    start, end = max(x[0] for x, _ in kept), min(x[-1] for x, _ in kept)
+    grid = kept[0][0]
     grid = grid[(grid >= start) & (grid <= end)]
     if not len(grid):
         return None
-    values = np.stack([np.interp(grid, x, y) for x, y in lines])
-    mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
-    return grid, mean, mean - deviation, mean + deviation
+    values = np.stack([np.interp(grid, x, y) for x, y in kept])
+    mean = values.mean(axis=0)
+    deviation = values.std(axis=0, ddof=1) if len(kept) > 1 else np.zeros(len(grid))
+    return grid, mean, mean - deviation, mean + deviation, len(lines) - len(kept)
 
 
 def _limits(values: Floats, later: Floats, is_log: bool) -> tuple[tuple[float, float], int]:
@@ -247,5 +269,7 @@ def _limits(values: Floats, later: Floats, is_log: bool) -> tuple[tuple[float, f
         low, high = inner_low, inner_high
     margin = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
     low, high = low - margin, high + margin
+    if is_log:
+        low, high = max(low, -307.0), min(high, 307.0)  # powers of ten that a float can hold
     num_outside = int(np.count_nonzero((scaled < low) | (scaled > high)))
     return ((10**low, 10**high) if is_log else (low, high)), num_outside

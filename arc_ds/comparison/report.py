@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,11 +40,13 @@ from arc_ds.comparison.summary import (
     summarize,
 )
 from arc_ds.comparison.tables import number_cell, transposed
+from arc_ds.comparison.verdict import behind, best_values, full_members, make_verdict
 from arc_ds.errors import DataError
+from arc_ds.pages.axes import number
+from arc_ds.pages.frame import NUM_COLOURS
 from arc_ds.pages.tables import EMPTY, Cell, Table
 
 FEW_RUNS = 6  # so many runs are columns; more are rows
-MAX_COLOURS = 8
 MAX_MAIN = 9
 _CONFIG_COLUMNS = 6
 _BINS_FEW, _BINS_MANY = 240, 100
@@ -76,6 +79,7 @@ class Comparison:
     metrics: shown metrics; the first `num_main` of them are the main ones.
     tables: "runs", "groups" if there are seeds, "config", "last", "best", "at", "equal", "evaluation", "speed",
         "environment"; those without rows are left out.
+    verdict: sentences on the first two groups.
     notes: sentences about faults and about what the reader must know.
     """
 
@@ -87,6 +91,7 @@ class Comparison:
     num_main: int
     tables: dict[str, Table]
     x_label: str
+    verdict: tuple[str, ...]
     notes: tuple[str, ...]
     options: Options
 
@@ -94,7 +99,7 @@ class Comparison:
 def make_panels(comparison: Comparison) -> list[Panel]:
     """The plots of all shown metrics, in their order, with a progress bar."""
     axes, label = x_axes(comparison.runs, comparison.options.axis)
-    is_many = len(comparison.groups) > MAX_COLOURS
+    is_many = len(comparison.groups) > NUM_COLOURS
     return [
         make_panel(
             metric,
@@ -128,7 +133,7 @@ def compare_runs(runs: Sequence[ComparedRun], options: Options) -> Comparison:
         raise DataError(f"--at is {at_step}; expected a step from 0 on.")
     _, x_label = x_axes(runs, options.axis)
     differences = config_differences(runs)
-    groups = _by_mean(group_by_seed(runs, differences), runs, best, direction)
+    groups = _by_mean(group_by_seed(runs, differences), runs, best, direction, at_step)
     group_of = {member: place for place, group in enumerate(groups) for member in group.members}
     names = [Cell(run.name, run.name, group=group_of[place]) for place, run in enumerate(runs)]
     tables = [
@@ -150,20 +155,20 @@ def compare_runs(runs: Sequence[ComparedRun], options: Options) -> Comparison:
         num_main=len(main),
         tables={table.name: table for table in tables if table.rows},
         x_label=x_label,
-        notes=tuple(_notes(runs, differences, at_step, options.axis)),
+        verdict=tuple(make_verdict(runs, groups, best, direction, at_step)),
+        notes=tuple(_notes(runs, groups, differences, at_step, options.axis)),
         options=options,
     )
 
 
 def _by_mean(
-    groups: Sequence[RunGroup], runs: Sequence[ComparedRun], best: str, direction: Direction
+    groups: Sequence[RunGroup], runs: Sequence[ComparedRun], best: str, direction: Direction, at_step: int
 ) -> list[RunGroup]:
     """The groups by the mean of their runs' best values, so that a lucky seed does not decide."""
     sign = 1 if direction == "min" else -1
 
     def key(group: RunGroup) -> tuple[bool, float]:
-        found = [summarize(runs[member].curves.get(best), direction, 0).best for member in group.members]
-        values = [point.value for point in found if point is not None]
+        values = best_values(group, runs, best, direction, at_step)
         return not values, sign * float(np.mean(values)) if values else 0.0
 
     return sorted(groups, key=key)
@@ -202,6 +207,8 @@ def _runs_table(
     keys = list(differences)[:_CONFIG_COLUMNS] if len(runs) > FEW_RUNS else []
     shown = {key: _value_cells(differences[key]) for key in keys}
     heads = _short_keys(keys)
+    sign = 1 if direction == "min" else -1
+    lead = summarize(runs[0].curves.get(best), direction, at_step).best
     rows = []
     for place, run in enumerate(runs):
         found = summarize(run.curves.get(best), direction, at_step)
@@ -210,6 +217,7 @@ def _runs_table(
             (
                 names[place],
                 _cell(found.best, with_step=True),
+                number_cell(sign * (found.best.value - lead.value) if found.best and lead else None),
                 _cell(found.at),
                 _cell(found.last),
                 number_cell(float(run.last_step)),
@@ -218,7 +226,17 @@ def _runs_table(
                 *(shown[key][place] for key in keys),
             )
         )
-    columns = ("run", "best", f"at step {at_step:,}", "last", "steps", "encoder tokens/s", "peak GiB", *heads)
+    columns = (
+        "run",
+        "best",
+        "behind the first",
+        f"at step {at_step:,}",
+        "last",
+        "steps",
+        "encoder tokens/s",
+        "peak GiB",
+        *heads,
+    )
     caption = f"Ordered by {best}, {'low' if direction == 'min' else 'high'} values first."
     if len(differences) > len(keys) and keys:
         caption += f" {len(differences) - len(keys)} more differing keys are in the table of config differences."
@@ -235,15 +253,25 @@ def _groups_table(
     runs: Sequence[ComparedRun], groups: Sequence[RunGroup], best: str, direction: Direction, at_step: int
 ) -> Table:
     """Mean and standard deviation over the seeds of each group, of the ordering metric and the evaluation scores."""
-    columns, rows = ("config", "seeds", "best", f"at step {at_step:,}", "last"), []
+    columns, rows = ("config", "seeds", "best", "behind the first", f"at step {at_step:,}", "last"), []
     scores = evaluation_scores(runs)
     if any(len(group.members) > 1 for group in groups):
+        values = [best_values(group, runs, best, direction, at_step) for group in groups]
         for place, group in enumerate(groups):
-            found = [summarize(runs[member].curves.get(best), direction, at_step) for member in group.members]
-            cells = [_over_seeds([getattr(each, field) for each in found]) for field in ("best", "at", "last")]
-            cells += [_over_seeds([values[member] for member in group.members]) for values in scores.values()]
-            rows.append((Cell(group.label, group.label, group=place), number_cell(float(len(group.members))), *cells))
-    caption = f"{best}: mean ± standard deviation over runs whose configs differ in the seed only."
+            members = full_members(group, runs, at_step)
+            found = [summarize(runs[member].curves.get(best), direction, at_step) for member in members]
+            means = [_over_seeds([getattr(each, field) for each in found]) for field in ("best", "at", "last")]
+            means += [_over_seeds([of_runs[member] for member in members]) for of_runs in scores.values()]
+            gap = EMPTY
+            if place and values[0] and values[place]:
+                value, low, high = behind(values[0], values[place], direction)
+                gap = number_cell(value, "" if np.isnan(low) else f"[{number(low)}, {number(high)}]")
+            name = Cell(group.label, group.label, group=place)
+            rows.append((name, number_cell(float(len(members))), means[0], gap, *means[1:]))
+    caption = (
+        f"{best}: mean ± standard deviation over runs whose configs differ in the seed only. Runs that ended before "
+        f"step {at_step:,} are left out. “Behind the first” has a 95% interval (Welch) if both have two or more seeds."
+    )
     return Table("groups", "Seeds", (*columns, *scores), tuple(rows), caption)
 
 
@@ -251,19 +279,24 @@ def _over_seeds(points: Sequence[Point | None]) -> Cell:
     values = [point.value for point in points if point is not None]
     if not values:
         return EMPTY
-    mean = float(np.mean(values))
-    return number_cell(mean, f"± {np.std(values, ddof=1):.2g}" if len(values) > 1 else "")
+    with np.errstate(all="ignore"):  # of infinite and huge values
+        mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return number_cell(mean, f"± {deviation:.2g}" if math.isfinite(deviation) else "")
 
 
 def _value_cells(values: Sequence[str]) -> list[Cell]:
-    """Cells of a key's values. A column of numbers is sorted as numbers."""
-    cells = []
-    for text, value in zip(shorten(values), values, strict=True):
+    """Cells of a key's values. Numbers are sorted as numbers; a digest such as 12e456 is none."""
+    return [Cell(text, _value(value)) for text, value in zip(shorten(values), values, strict=True)]
+
+
+def _value(text: str) -> float | str:
+    for kind in (int, float):
         try:
-            cells.append(Cell(text, float(value)))
+            if str(kind(text)) == text:
+                return kind(text)
         except ValueError:
-            cells.append(Cell(text, value))
-    return cells
+            continue
+    return text
 
 
 def _turned(table: Table, corner: str) -> Table:
@@ -321,7 +354,13 @@ def _environment_table(runs: Sequence[ComparedRun], names: Sequence[Cell]) -> Ta
     return Table("environment", "Environment differences", table.columns, table.rows)
 
 
-def _notes(runs: Sequence[ComparedRun], differences: dict[str, list[str]], at_step: int, axis: Axis) -> list[str]:
+def _notes(
+    runs: Sequence[ComparedRun],
+    groups: Sequence[RunGroup],
+    differences: dict[str, list[str]],
+    at_step: int,
+    axis: Axis,
+) -> list[str]:
     notes = [*held_out_notes(runs), *(f"{run.name}: {note}" for run in runs for note in run.notes)]
     notes += [
         f"{run.name}: It has no {'config.yaml' if '/' in run.source else 'config'}." for run in runs if not run.config
@@ -329,7 +368,8 @@ def _notes(runs: Sequence[ComparedRun], differences: dict[str, list[str]], at_st
     short = [run.name for run in runs if run.curves and run.last_step < at_step]
     if short:
         listed = ", ".join(short[:5]) + (f" and {len(short) - 5} more" if len(short) > 5 else "")
-        notes.append(f"{listed} ended before step {at_step:,}; the at-step value is the last one before.")
+        means = " Means over seeds leave such runs out." if len(groups) < len(runs) else ""
+        notes.append(f"{listed} ended before step {at_step:,}; the at-step value is the last one before.{means}")
     if axis == "step" and "data.batch_size" in differences:
         notes.append(
             "data.batch_size differs, so equal steps are not equal work. Compare with --x tokens or --x flops."

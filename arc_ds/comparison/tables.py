@@ -1,25 +1,9 @@
-"""Tables of runs as text and HTML, and their numbers."""
+"""Tables of runs as text, and their numbers."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
-from html import escape
-
-from arc_ds.pages.tables import EMPTY, Cell, Table, html_cell
-
-_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def number(value: float) -> str:
-    """A number with four digits. Large ones have a prefix: 12.3k."""
-    if not math.isfinite(value):
-        return str(value)
-    for size, prefix in _PREFIXES:
-        if abs(value) >= max(size, 1e4):
-            return f"{value / size:.4g}{prefix}"
-    return f"{value:.4g}"
+from arc_ds.pages.axes import number
+from arc_ds.pages.tables import EMPTY, Cell, Table
 
 
 def number_cell(value: float | None, note: str = "", group: int | None = None) -> Cell:
@@ -55,21 +39,3 @@ def to_text(table: Table, max_rows: int) -> str:
     if len(table.rows) > max_rows:
         lines.append(f"… {len(table.rows) - max_rows} more rows: see --out and --json")
     return "\n".join([table.title, *(f"  {line}" for line in lines)])
-
-
-def to_html(table: Table) -> str:
-    """The table as HTML. Cells of a group have its colour and the attribute `data-g`."""
-    head = "".join(f'<th scope="col">{_breakable(column)}</th>' for column in table.columns)
-    rows = "".join(f"<tr{_group_of(row)}>{''.join(map(html_cell, row))}</tr>" for row in table.rows)
-    caption = f"<p class=cap>{escape(table.caption)}</p>" if table.caption else ""
-    body = f"<table class=sortable><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f"{caption}<div class=scroll>{body}</div>"
-
-
-def _breakable(text: str) -> str:
-    """A name as HTML, with places at which a new line may begin."""
-    return re.sub(r"([./_])", r"\1<wbr>", escape(text))
-
-
-def _group_of(row: Sequence[Cell]) -> str:
-    return "" if row[0].group is None else f' data-g="{row[0].group}"'

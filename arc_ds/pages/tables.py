@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
@@ -59,7 +60,7 @@ def to_markdown(table: Table) -> str:
     """The table as Markdown. Numbers are aligned to the right."""
     marks = ["---" if is_text else "---:" for is_text in _text_columns(table)]
     rows = [[f"{cell.text} {cell.note}".strip() for cell in row] for row in table.rows]
-    return "".join(f"| {' | '.join(map(_markdown_text, row))} |\n" for row in (table.columns, marks, *rows))
+    return "".join(f"| {' | '.join(map(markdown_text, row))} |\n" for row in (table.columns, marks, *rows))
 
 
 def _text_columns(table: Table) -> list[bool]:
@@ -67,30 +68,45 @@ def _text_columns(table: Table) -> list[bool]:
     return [any(isinstance(row[place].value, str) for row in table.rows) for place in range(len(table.columns))]
 
 
-def _markdown_text(text: str) -> str:
-    text = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
-    return text.replace("<", "&lt;")
+def markdown_text(text: str) -> str:
+    """A text on one line, without marks of Markdown and HTML."""
+    text = re.sub(r"([\\|`*]|\](?=[(\[]))", r"\\\1", " ".join(text.split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def to_html(table: Table, *, is_sortable: bool = True) -> str:
-    """The table as HTML. Cells of a group have its colour."""
+def to_html(table: Table) -> str:
+    """The table as HTML. Cells of a group have its colour, and rows that begin with one have the attribute `data-g`."""
     kinds = [" class=t" if is_text else "" for is_text in _text_columns(table)]
     head = "".join(
-        f'<th scope="col"{kind}>{escape(column)}</th>' for column, kind in zip(table.columns, kinds, strict=True)
+        f'<th scope="col"{kind}>{_breakable(column)}</th>' for column, kind in zip(table.columns, kinds, strict=True)
     )
-    body = "".join(f"<tr>{''.join(map(html_cell, row))}</tr>" for row in table.rows)
-    caption = f"<p class=cap>{escape(table.caption)}</p>" if table.caption else ""
-    kind = "sortable" if is_sortable else ""
-    content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'{caption}<div class=scroll><table class="{kind}">{content}</table></div>'
+    body = "".join(f"<tr{_group_of(row)}>{''.join(map(_html_cell, row, kinds))}</tr>" for row in table.rows)
+    content = f"<table class=sortable><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"{caption_html(table.caption)}<div class=scroll tabindex=0>{content}</div>"
 
 
-def html_cell(cell: Cell) -> str:
-    """A cell as HTML, with its value for sorting."""
-    is_text = isinstance(cell.value, str)
-    number = "Infinity" if cell.value == math.inf else cell.value  # as JavaScript writes it
-    sort = "" if cell.value is None or is_text else f' data-v="{number}"'
-    title = f' title="{escape(cell.value)}"' if isinstance(cell.value, str) and cell.value != cell.text else ""
+def caption_html(text: str) -> str:
+    """A paragraph above a table or a plot; nothing without a text."""
+    return f"<p class=cap>{escape(text)}</p>" if text else ""
+
+
+def _breakable(text: str) -> str:
+    """A name as HTML, with places at which a new line may begin."""
+    return re.sub(r"([./_])", r"\1<wbr>", escape(text))
+
+
+def _group_of(row: Sequence[Cell]) -> str:
+    return "" if row[0].group is None else f' data-g="{row[0].group}"'
+
+
+def _html_cell(cell: Cell, kind: str) -> str:
+    """A cell, with its value for sorting. kind: the class of its column."""
+    if isinstance(cell.value, str):
+        value = f' title="{escape(cell.value)}"' if cell.value != cell.text else ""
+        text = _breakable(cell.text)
+    else:
+        value = "" if cell.value is None else f' data-v="{cell.value}"'.replace("inf", "Infinity")  # as in JavaScript
+        text = escape(cell.text)
     swatch = "" if cell.group is None else f'<i class="sw g{cell.group}"></i>'
     note = f" <small>{escape(cell.note)}</small>" if cell.note else ""
-    return f"<td{' class=t' if is_text else ''}{sort}{title}>{swatch}{escape(cell.text)}{note}</td>"
+    return f"<td{kind}{value}>{swatch}{text}{note}</td>"

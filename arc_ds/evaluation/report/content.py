@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.comparison import Comparison, check_comparable, compare_stats
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MAX_NOTE = 600
+_BAR: dict[str, Any] = {"unit": "system", "disable": None, "leave": False}
 Draws = Mapping[str, Mapping[Metric, "NDArray[np.float64]"]]
 
 
@@ -107,7 +109,9 @@ class Report:
     comparisons: comparison of each other system, by its name. Systems without a common task are left out.
     pair_counts: samples in which a system is better or worse than the baseline, by its name and task.
     samples: samples in which it differs from the baseline, a bounded number.
-    gap_closed: by system and task, if there are answer NLLs and closed-book and open-book systems of the same decoder.
+    gap_closed: by system and task, if there are answer NLLs and closed-book and open-book systems of the same decoder,
+        on the same questions.
+    different: names of systems whose questions, data or protocols differ from those of other systems.
     notes: sentences on limits of the comparison.
     """
 
@@ -118,6 +122,7 @@ class Report:
     pair_counts: Mapping[tuple[str, str], PairCounts]
     samples: tuple[DifferingSample, ...]
     gap_closed: Mapping[tuple[str, str], GapClosed]
+    different: frozenset[str]
     notes: tuple[str, ...]
 
     def headline(self, task: str) -> Metric:
@@ -148,9 +153,13 @@ def make_report(
     base_idx = _find(systems, baseline)
     notes = _check(systems, base_idx, force=force)
     lowercase = is_bleu_lowercase(*systems)
-    completed = systems if notes else with_clusters(*systems)
+    different = {place for place, _ in notes}
+    comparable = iter(with_clusters(*(each for place, each in enumerate(systems) if place not in different)))
+    completed = [each if place in different else next(comparable) for place, each in enumerate(systems)]
     tasks = in_paper_order({each.task for system in systems for file in system.seeds for each in file.predictions})
-    made = [_report_system(each, tasks, metric, lowercase, num_draws) for each in completed]
+    made = [
+        _report_system(each, tasks, metric, lowercase, num_draws) for each in tqdm(completed, desc="scores", **_BAR)
+    ]
     base = made[base_idx]
     apart = [
         f"{each.name} has no task in common with {base.name}, so they are not compared."
@@ -158,12 +167,12 @@ def make_report(
         if not each.stats.keys() & base.stats.keys()
     ]
     comparisons, counts, samples = {}, {}, []
-    for place, other in enumerate(made):
+    for place, other in enumerate(tqdm(made, desc="differences", **_BAR)):
         common = [task for task in base.stats if task in other.stats]
         if place == base_idx or not common:
             continue
         ours, theirs = base, other
-        if place in notes:
+        if place in different:
             shared = _shared_answers(base.results, other.results, common)
             if shared is None:
                 continue
@@ -183,7 +192,8 @@ def make_report(
         comparisons=comparisons,
         pair_counts=counts,
         samples=tuple(_first_of_each(samples, max_samples)),
-        gap_closed=_gaps_closed(made),
+        gap_closed=_gaps_closed([each for place, each in enumerate(made) if place not in different]),
+        different=frozenset(systems[place].name for place in different),
         notes=(*notes.values(), *apart),
     )
 
@@ -195,21 +205,31 @@ def _find(systems: Sequence[SystemResults], baseline: str | None) -> int:
     return 0 if baseline is None else names.index(baseline)
 
 
-def _check(systems: Sequence[SystemResults], base_idx: int, *, force: bool) -> dict[int, str]:
-    """Why systems cannot be compared with the baseline, by their place. Raises DataError unless `force` is set."""
+def _check(systems: Sequence[SystemResults], base_idx: int, *, force: bool) -> dict[tuple[int, int], str]:
+    """Why systems cannot be compared, by their places.
+
+    In each task, a system is checked against the baseline, or against the first system that has it if the baseline
+    does not. Raises DataError unless `force` is set.
+    """
+    first_of: dict[str, int] = {}
     notes = {}
-    for place, other in enumerate(systems):
-        common = sorted(_tasks(systems[base_idx]) & _tasks(other))
-        try:
-            if place != base_idx and common:
-                check_comparable(*select_tasks([systems[base_idx], other], common))
-        except DataError as error:
-            if not force:
-                raise DataError(
-                    f"{error} With --force the report compares their common questions, and states the difference."
-                ) from error
-            text = str(error) if len(str(error)) <= _MAX_NOTE else f"{str(error)[:_MAX_NOTE]}…"
-            notes[place] = f"{other.name} is compared with {systems[base_idx].name} in spite of a difference: {text}"
+    for place in sorted(range(len(systems)), key=lambda each: each != base_idx):
+        common: defaultdict[int, list[str]] = defaultdict(list)
+        for task in sorted(_tasks(systems[place])):
+            common[first_of.setdefault(task, place)].append(task)
+        for first, tasks in common.items():
+            try:
+                if first != place:
+                    check_comparable(*select_tasks([systems[first], systems[place]], tasks))
+            except DataError as error:
+                if not force:
+                    raise DataError(
+                        f"{error} With --force the report compares their common questions, and states the difference."
+                    ) from error
+                text = str(error) if len(str(error)) <= _MAX_NOTE else f"{str(error)[:_MAX_NOTE]}…"
+                notes[place, first] = (
+                    f"{systems[place].name} is shown next to {systems[first].name} in spite of a difference: {text}"
+                )
     return notes
 
 

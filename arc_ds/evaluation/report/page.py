@@ -18,13 +18,15 @@ from arc_ds.evaluation.report.tables import (
     group_of,
     metric_table,
     nll_tables,
+    notes_of,
     protocol_names,
     run_table,
     score_table,
     signatures,
+    verdict_table,
 )
-from arc_ds.pages.frame import colours, notes_html, render_page
-from arc_ds.pages.tables import to_html
+from arc_ds.pages.frame import colours, render_page
+from arc_ds.pages.tables import caption_html, to_html
 
 _HERE = Path(__file__).parent
 _MAX_TEXT = 400  # characters of each text of a sample
@@ -38,17 +40,19 @@ def report_page(report: Report, *, with_paper: bool) -> str:
     with_paper: whether to show the paper's numbers next to the scores.
     """
     scores = score_table(report, with_paper=with_paper)
-    sections = [("Scores", f"{notes_html(report.notes)}<div class=scores>{to_html(scores)}</div>{score_plots(report)}")]
+    sections = [("In short", to_html(verdict_table(report)))] if report.comparisons else []
+    sections.append(("Scores", f"<div class=scores>{to_html(scores)}</div>{score_plots(report)}"))
     if ratios := size_plots(report, "ratio", "compression ratio of documents (log scale; ∞: no document)"):
         sections.append(("Score against compression", ratios))
     if rows := size_plots(report, "prompt_rows", "decoder rows of the prompt, mean (log scale)"):
         sections.append(("Score against prompt length", rows))
     if report.comparisons:
         words = (
-            "<p class=cap>Paired differences with 95% intervals, and p-values after Holm's adjustment over tasks.</p>"
+            f"Paired differences from {report.baseline} with 95% intervals, and p-values after Holm's adjustment over "
+            "tasks."
         )
-        content = words + difference_plots(report) + to_html(difference_table(report))
-        sections += [(f"Differences from {report.baseline}", content), ("Samples that differ", _samples(report))]
+        content = caption_html(words) + difference_plots(report) + to_html(difference_table(report))
+        sections += [("Differences", content), ("Samples that differ", _samples(report))]
     sections += [(table.title, to_html(table)) for table in nll_tables(report)]
     counts = count_table(report)
     sections += [
@@ -70,6 +74,7 @@ def report_page(report: Report, *, with_paper: bool) -> str:
         "Evaluation",
         " · ".join(parts),
         sections,
+        notes=notes_of(report),
         style=(_HERE / "report.css").read_text("utf-8") + colours(len(report.systems)),
         script=(_HERE / "report.js").read_text("utf-8"),
     )
@@ -97,7 +102,7 @@ def _origin(report: Report) -> str:
 def _samples(report: Report) -> str:
     """The differing samples, with filters."""
     num_differing = sum(counts.better + counts.worse for counts in report.pair_counts.values())
-    if not report.samples:
+    if not num_differing:
         return "<p>No sample has different headline scores.</p>"
     names = dict.fromkeys(sample.system for sample in report.samples)
     tasks = dict.fromkeys(sample.task for sample in report.samples)

@@ -1,6 +1,6 @@
 """The plots of a report as inline SVG: scores with intervals, scores against sizes, differences.
 
-Every point has its system's name next to it, and its values as a tooltip. The class `g3` has the colour of system 3.
+Every point has its system's name next to it, and its values as a tooltip.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from arc_ds.evaluation.report.content import Report, ReportSystem
 from arc_ds.evaluation.report.tables import AVERAGE, METRICS, TITLES, digits_of, unit_of
 from arc_ds.evaluation.scoring import Score
 from arc_ds.evaluation.task import Metric
-from arc_ds.pages.axes import log_ticks, nice_ticks
+from arc_ds.pages.axes import log_ticks, nice_ticks, without_middle
 from arc_ds.pages.frame import NUM_COLOURS
+from arc_ds.pages.svg import Area, figure, picture, placed, x_axis, y_axis
 
 _WIDTH = 430
 _ROW = 20  # height of a row of a dot plot
@@ -25,6 +26,7 @@ _MAX_LABEL = 24
 _HEIGHT = 250
 _LEFT, _RIGHT = 44, 12  # of a scatter plot
 _LINE = 12  # height of a label
+_MAX_OPEN, _NUM_FIRST = 13, 6  # more plots are folded, except the first ones
 Box = tuple[float, float, float, float]
 
 
@@ -42,10 +44,7 @@ class Point(NamedTuple):
 
 def score_plots(report: Report) -> str:
     """A dot plot for each task, and one for the average."""
-    panels = []
-    for title, unit, points in _panels(report):
-        panels.append(_figure(title, dot_plot(points, unit)))
-    return _grid(panels)
+    return _grid([figure(title, dot_plot(points, unit)) for title, unit, points in _panels(report)])
 
 
 def size_plots(report: Report, field: str, label: str) -> str:
@@ -55,9 +54,9 @@ def size_plots(report: Report, field: str, label: str) -> str:
     """
     panels = []
     for title, unit, points in _panels(report, field):
-        placed = [point for point in points if not math.isnan(point.x)]
-        if placed:
-            panels.append(_figure(title, scatter_plot(placed, label, unit)))
+        known = [point for point in points if point.x > 0]  # not for NaN
+        if known:
+            panels.append(figure(title, scatter_plot(known, label, unit)))
     return _grid(panels) if panels else ""
 
 
@@ -76,8 +75,8 @@ def difference_plots(report: Report) -> str:
                     note += " p<0.001" if found.p_holm < 1e-3 else f" p={found.p_holm:.3f}"
                 points.append(Point(name, groups[name], found.value, found.low, found.high, note))
         if points:
-            unit = f"minus {_short(report.baseline)}: {_unit(report, task)}"
-            panels.append(_figure(_title(task), dot_plot(points, unit, has_zero=True)))
+            unit = f"minus {without_middle(report.baseline, _MAX_LABEL)}: {_unit(report, task)}"
+            panels.append(figure(_title(task), dot_plot(points, unit, has_zero=True)))
     return _grid(panels)
 
 
@@ -127,12 +126,12 @@ def _score_and_size(system: ReportSystem, task: str, field: str) -> tuple[Score 
     return next(iter(system.scores[task].values())), getattr(system.sizes[task], field) if field else None
 
 
-def _figure(title: str, svg: str) -> str:
-    return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"
-
-
 def _grid(panels: Sequence[str]) -> str:
-    return f"<div class=grid-of>{''.join(panels)}</div>"
+    """Plots side by side. Of very many, all but the first ones are folded."""
+    first, rest = (panels, []) if len(panels) <= _MAX_OPEN else (panels[:_NUM_FIRST], panels[_NUM_FIRST:])
+    grid = f"<div class=grid-of>{''.join(first)}</div>"
+    folded = f"<details><summary>{len(rest)} more plots</summary><div class=grid-of>{''.join(rest)}</div></details>"
+    return grid + folded if rest else grid
 
 
 def dot_plot(points: Sequence[Point], unit: str, *, has_zero: bool = False) -> str:
@@ -141,33 +140,30 @@ def dot_plot(points: Sequence[Point], unit: str, *, has_zero: bool = False) -> s
     unit: label of the x-axis.
     has_zero: whether the axis contains 0, with a line.
     """
-    left = 14 + _CHAR * max(len(_short(point.label)) for point in points)
+    left = 14 + _CHAR * max(len(without_middle(point.label, _MAX_LABEL)) for point in points)
     right = 10 + _CHAR * max(len(point.note) for point in points)
     low, high = _range([value for point in points for value in point[2:5]] + ([0.0] if has_zero else []))
-    height = _TOP + _ROW * len(points) + _BOTTOM
+    base = _TOP + _ROW * len(points)
+    area = Area(left, _TOP, _WIDTH - right, base)
 
     def x_of(value: float) -> float:
-        return left + (value - low) / (high - low) * (_WIDTH - left - right)
+        return left + (value - low) / (high - low) * (area.right - left)
 
-    base = height - _BOTTOM
-    parts = []
-    for tick in nice_ticks(low, high, 4):
-        parts.append(f'<path class=grid d="M{x_of(tick):.1f} {_TOP}V{base}"/>')
-        parts.append(f'<text x="{x_of(tick):.1f}" y="{base + 14}" class=mid>{tick:g}</text>')
+    parts = x_axis(placed(nice_ticks(low, high, 4), x_of), area, unit, has_grid=True)
     if has_zero:
         parts.append(f'<path class=axis d="M{x_of(0):.1f} {_TOP}V{base}"/>')
-    parts.append(f'<text x="{(left + _WIDTH - right) / 2:.1f}" y="{height - 5}" class=mid>{escape(unit)}</text>')
     for row, point in enumerate(points):
         y = _TOP + _ROW * (row + 0.5)
+        name = escape(without_middle(point.label, _MAX_LABEL))
         bar = (
             "" if math.isnan(point.low) else f'<path class=bar d="M{x_of(point.low):.1f} {y}H{x_of(point.high):.1f}"/>'
         )
         parts.append(
             f'<g class="g{point.group}">{_tooltip(point)}{bar}{_marker(point.group, x_of(point.value), y)}'
-            f'<text x="{left - 8:.1f}" y="{y + 4}" class="end name">{escape(_short(point.label))}</text>'
+            f'<text x="{left - 8:.1f}" y="{y + 4}" class="end name">{name}</text>'
             f'<text x="{_WIDTH - right + 8:.1f}" y="{y + 4}" class=note>{escape(point.note)}</text></g>'
         )
-    return _svg(height, unit, parts)
+    return picture(_WIDTH, base + _BOTTOM, unit, parts)
 
 
 def scatter_plot(points: Sequence[Point], x_label: str, unit: str) -> str:
@@ -175,34 +171,27 @@ def scatter_plot(points: Sequence[Point], x_label: str, unit: str) -> str:
 
     unit: label of the y-axis.
     """
-    finite = [point.x for point in points if math.isfinite(point.x) and point.x > 0]
-    has_infinite = any(math.isinf(point.x) for point in points)
+    finite = [point.x for point in points if math.isfinite(point.x)]
+    has_infinite = len(finite) < len(points)
     low, high = (min(finite) / 1.15, max(finite) * 1.15) if finite else (0.9, 1.1)
-    right = _WIDTH - _RIGHT - (50 if has_infinite else 0)
+    area = Area(_LEFT, _TOP, _WIDTH - _RIGHT - (50 if has_infinite else 0), _HEIGHT - _BOTTOM)
     y_low, y_high = _range([value for point in points for value in point[2:5]])
-    base = _HEIGHT - _BOTTOM
 
     def x_of(value: float) -> float:
         if math.isinf(value):
             return _WIDTH - _RIGHT - 14
-        return _LEFT + math.log(value / low) / math.log(high / low) * (right - _LEFT)
+        return _LEFT + math.log(value / low) / math.log(high / low) * (area.right - _LEFT)
 
     def y_of(value: float) -> float:
-        return base - (value - y_low) / (y_high - y_low) * (base - _TOP - _LINE)
+        return area.bottom - (value - y_low) / (y_high - y_low) * (area.bottom - _TOP - _LINE)
 
-    factors = (1, 2, 5) if high / low < 300 else (1,)
-    ticks = (
-        [2.0**k for k in range(12) if low <= 2.0**k <= high] if low < 2 < high < 300 else log_ticks(low, high, factors)
-    )
-    parts = [f'<text x="4" y="{_TOP + 4}">{escape(unit)}</text>', f'<path class=axis d="M{_LEFT} {base}H{right}"/>']
-    for y in nice_ticks(y_low, y_high):
-        parts.append(f'<path class=grid d="M{_LEFT} {y_of(y):.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y_of(y) + 4:.1f}" class=end>{y:g}</text>')
-    for x in (*ticks, *([math.inf] if has_infinite else [])):
-        parts.append(f'<path class=axis d="M{x_of(x):.1f} {base}v4"/>')
-        text = "∞" if math.isinf(x) else f"{x:g}"
-        parts.append(f'<text x="{x_of(x):.1f}" y="{base + 15}" class=mid>{text}</text>')
-    parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 5}" class=mid>{escape(x_label)}</text>')
+    powers_of_two = [2.0**k for k in range(12) if low <= 2.0**k <= high] if low < 2 < high < 300 else []
+    x_ticks = placed(powers_of_two or log_ticks(low, high), x_of)
+    parts = [
+        f'<text x="4" y="{_TOP + 4}">{escape(unit)}</text>',
+        *y_axis(placed(nice_ticks(y_low, y_high), y_of), area._replace(right=_WIDTH - _RIGHT)),
+        *x_axis([*x_ticks, *([(x_of(math.inf), "∞")] if has_infinite else [])], area, x_label),
+    ]
     for point in points:
         x, y = x_of(point.x), y_of(point.value)
         bar = (
@@ -211,7 +200,7 @@ def scatter_plot(points: Sequence[Point], x_label: str, unit: str) -> str:
             else f'<path class=bar d="M{x:.1f} {y_of(point.low):.1f}V{y_of(point.high):.1f}"/>'
         )
         parts.append(f'<g class="g{point.group}">{_tooltip(point)}{bar}{_marker(point.group, x, y)}</g>')
-    return _svg(_HEIGHT, unit, [*parts, *_labels(points, x_of, y_of)])
+    return picture(_WIDTH, _HEIGHT, unit, [*parts, *_labels(points, x_of, y_of)])
 
 
 def _labels(points: Sequence[Point], x_of: Callable[[float], float], y_of: Callable[[float], float]) -> list[str]:
@@ -221,7 +210,7 @@ def _labels(points: Sequence[Point], x_of: Callable[[float], float], y_of: Calla
     taken = [(x_of(p.x) - 5, y_of(p.value) - 5, x_of(p.x) + 5, y_of(p.value) + 5) for p in points]
     parts = []
     for point in sorted(points, key=lambda each: -each.value):
-        x, y, text = x_of(point.x), y_of(point.value), _short(point.label)
+        x, y, text = x_of(point.x), y_of(point.value), without_middle(point.label, _MAX_LABEL)
         boxes = _places(x, y, _CHAR * len(text))
         free = [box for box in boxes if not any(_overlap(box, other) for other in taken)]
         clear = (box for box in free if not any(_overlap(box, other) for other in intervals))
@@ -271,13 +260,3 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(known), max(known)
     margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     return low - margin, high + margin
-
-
-def _short(text: str) -> str:
-    """A long name loses its middle: names of systems differ at both ends."""
-    half = _MAX_LABEL // 2
-    return text if len(text) <= _MAX_LABEL else f"{text[: half - 1]}…{text[-half:]}"
-
-
-def _svg(height: float, label: str, parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" role=img aria-label="{escape(label)}">{"".join(parts)}</svg>'

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
 from arc_ds.config.load import flatten_tree
 from arc_ds.evaluation.comparison import Difference
 from arc_ds.evaluation.metrics import metrics_of, signature
-from arc_ds.evaluation.report.content import GapClosed, Report, ReportSystem, description_of
+from arc_ds.evaluation.report.content import GapClosed, Report, ReportSystem, Sizes, description_of
 from arc_ds.evaluation.report.paper import PaperRow, paper_rows
-from arc_ds.evaluation.scoring import Score, is_bleu_lowercase
+from arc_ds.evaluation.scoring import Score, by_task, is_bleu_lowercase
 from arc_ds.evaluation.task import Metric
-from arc_ds.pages.tables import EMPTY, Cell, Table, text_cell, to_markdown
+from arc_ds.pages.tables import EMPTY, Cell, Table, markdown_text, text_cell, to_markdown
 
 AVERAGE = "Avg."
 SIGNIFICANT = 0.05
+_MAX_NAMES = 6
 TITLES = {
     "nq": "NQ",
     "triviaqa": "TriviaQA",
@@ -45,6 +46,7 @@ METRICS: dict[Metric, str] = {
     "chrf": "chrF",
     "nll": "NLL",
 }
+_SCORE_FIELDS = ("value", "low", "high", "stderr", "seed_sd", "n", "num_clusters")
 # Keys of run.json that have a table of their own, or too much content.
 _OTHER_TABLES = ("config", "systems", "samples", "skipped", "shortened", "prompts")
 
@@ -59,14 +61,68 @@ def group_of(report: Report, name: str) -> int:
     return [system.name for system in report.systems].index(name)
 
 
+def notes_of(report: Report) -> list[str]:
+    """Sentences on the limits of the comparison, and the skipped samples."""
+    skipped = [
+        f"{system.name}: {count} of {TITLES.get(task, task)} ({reason})"
+        for system in report.systems
+        for reason, by in _skipped(system).items()
+        for task, count in by.items()
+        if count and task in report.tasks
+    ]
+    return [*report.notes, *([f"Scores leave out skipped samples: {'; '.join(skipped)}."] if skipped else [])]
+
+
+def _system_cell(report: Report, name: str) -> Cell:
+    note = "≠ other questions, data or protocol" if name in report.different else ""
+    return text_cell(name, note, group_of(report, name))
+
+
+def verdict_table(report: Report) -> Table:
+    """The numbers that decide between systems: difference, cost, and tasks in which the difference is clear."""
+    rows = []
+    for name, comparison in report.comparisons.items():
+        by_sign: dict[int, list[str]] = {1: [], -1: [], 0: []}
+        for task, metrics in comparison.by_task.items():
+            sign = _clear_sign(report.headline(task), metrics.get(report.headline(task)))
+            by_sign[sign].append(TITLES.get(task, task))
+        found = comparison.average or next(iter(next(iter(comparison.by_task.values())).values()))
+        _, _, value, _, _, _, detectable, *_ = _difference_cells(found, digits_of(report.headline(report.tasks[0])) + 1)
+        system = report.systems[group_of(report, name)]
+        sizes = (_ratio_cell(system.mean_size("ratio")), _plain(system.mean_size("prompt_rows"), 0))
+        tasks = (text_cell(_listed(by_sign[1])), text_cell(_listed(by_sign[-1])), _count(len(by_sign[0])))
+        rows.append((_system_cell(report, name), value, detectable, *sizes, *tasks))
+    columns = ("system", "difference", "detectable", "×", "prompt rows", "better in", "worse in", "not clear")
+    caption = (
+        f"Each system minus {report.baseline} on the same questions, in {unit_of(report.headline(report.tasks[0]))}: "
+        "the mean over their common tasks, with its 95% interval. A task counts as better or worse if p < "
+        f"{SIGNIFICANT} after Holm's adjustment, and as not clear otherwise. Fewer than 80% of such experiments find a "
+        "difference smaller than “detectable”."
+    )
+    return Table("verdict", "In short", columns, tuple(rows), caption)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """A number and the first names: "2: NQ, SQuAD"."""
+    more = ", …" if len(names) > _MAX_NAMES else ""
+    return f"{len(names)}: {', '.join(names[:_MAX_NAMES])}{more}" if names else ""
+
+
+def _clear_sign(metric: Metric, difference: Difference | None) -> int:
+    """1 if a system is better than the baseline after Holm's adjustment, -1 if it is worse, and else 0."""
+    if difference is None or difference.p_holm is None or not difference.p_holm < SIGNIFICANT:
+        return 0
+    return 1 if (difference.value > 0) != (metric == "nll") else -1
+
+
 def score_table(report: Report, *, with_paper: bool) -> Table:
     """The table in the shape of the paper's Table 1: systems as rows, tasks as columns."""
     has_average = len(report.tasks) > 1
     rows = []
-    for group, system in enumerate(report.systems):
+    for system in report.systems:
         scores = [_score_cell(report, system, task) for task in report.tasks]
         average = [_number_cell(system.average, digits_of(report.headline(report.tasks[0])))] if has_average else []
-        rows.append((text_cell(system.name, group=group), _ratio_cell(system.mean_size("ratio")), *scores, *average))
+        rows.append((_system_cell(report, system.name), _ratio_cell(system.mean_size("ratio")), *scores, *average))
     if with_paper:
         # The paper's scores are those of its own metrics.
         same = [task for task in report.tasks if report.headline(task) == metrics_of(task)[0]]
@@ -112,11 +168,10 @@ def _score_cell(report: Report, system: ReportSystem, task: str) -> Cell:
         return EMPTY
     cell = _number_cell(next(iter(system.scores[task].values())), digits_of(report.headline(task)))
     found = report.comparisons.get(system.name)
-    difference = found.by_task.get(task, {}).get(report.headline(task)) if found else None
-    if difference is None or (difference.p_holm or 0.0) >= SIGNIFICANT:
-        return cell
-    is_gain = (difference.value > 0) != (report.headline(task) == "nll")
-    return cell._replace(text=f"{cell.text} {'▲' if is_gain else '▼'}")
+    sign = _clear_sign(report.headline(task), found.by_task.get(task, {}).get(report.headline(task)) if found else None)
+    numbers = {len(each.stats[task].clusters_N) for each in report.systems if task in each.stats}
+    number = f" n={len(system.stats[task].clusters_N):,}" if len(numbers) > 1 else ""
+    return cell._replace(text=cell.text + ("", " ▲", " ▼")[sign], note=(cell.note + number).strip())
 
 
 def _paper_row(report: Report, row: PaperRow, has_average: bool) -> tuple[Cell, ...]:
@@ -187,9 +242,7 @@ def difference_csv_table(report: Report) -> Table:
         for task, metric, difference in found:
             counts = report.pair_counts.get((name, task)) if difference.p_holm is not None else None
             values = [*asdict(difference).values(), *(counts or (None, None, None))]
-            rows.append(
-                (*map(text_cell, (report.baseline, name, task, metric)), *(Cell("", value) for value in values))
-            )
+            rows.append(tuple(Cell("", value) for value in (report.baseline, name, task, metric, *values)))
     names = tuple(each.name for each in fields(Difference))
     columns = ("baseline", "system", "task", "metric", *names, "num_better", "num_worse", "num_equal")
     return Table("differences", f"Differences from {report.baseline}", columns, tuple(rows))
@@ -223,21 +276,9 @@ def metric_table(report: Report) -> Table:
         for task, metrics in system.scores.items()
         for metric, score in metrics.items()
     ]
-    columns = (
-        "system",
-        "task",
-        "metric",
-        "score",
-        "low",
-        "high",
-        "std. error",
-        "sd of seeds",
-        "n",
-        "clusters",
-        "seeds",
-    )
+    numbers = ("score", "low", "high", "std. error", "sd of seeds", "n", "clusters", "seeds")
     caption = "Points of 100; NLL in nats per token of the first reference, where lower is better."
-    return Table("metrics", "All metrics", columns, tuple(rows), caption)
+    return Table("metrics", "All metrics", ("system", "task", "metric", *numbers), tuple(rows), caption)
 
 
 def score_csv_table(report: Report) -> Table:
@@ -246,25 +287,11 @@ def score_csv_table(report: Report) -> Table:
     for system in report.systems:
         for task, metrics in system.scores.items():
             for metric, score in metrics.items():
-                values = (score.value, score.low, score.high, score.stderr, score.seed_sd, score.n, score.num_clusters)
-                numbers = [Cell("", value) for value in (*values, *system.sizes[task])]
+                values = (*(getattr(score, field) for field in _SCORE_FIELDS), *system.sizes[task])
                 is_headline = str(metric == system.stats[task].headline).lower()
-                rows.append((*map(text_cell, (system.name, task, metric, is_headline)), *numbers))
-    sizes = ("ratio", "ratio_of_sums", "prompt_ratio", "prompt_rows", "new_tokens")
-    columns = (
-        "system",
-        "task",
-        "metric",
-        "is_headline",
-        "value",
-        "low",
-        "high",
-        "stderr",
-        "seed_sd",
-        "n",
-        "num_clusters",
-    )
-    return Table("scores", "Scores", (*columns, *sizes), tuple(rows))
+                rows.append(tuple(Cell("", value) for value in (system.name, task, metric, is_headline, *values)))
+    columns = ("system", "task", "metric", "is_headline", *_SCORE_FIELDS, *Sizes._fields)
+    return Table("scores", "Scores", columns, tuple(rows))
 
 
 def nll_tables(report: Report) -> list[Table]:
@@ -294,15 +321,15 @@ def count_table(report: Report) -> Table:
     """Counts of answers, skipped samples and stop reasons, and sizes of prompts, by system and task."""
     found = []
     for group, system in enumerate(report.systems):
-        skipped = _skipped(system)
+        skipped, answers_of = _skipped(system), by_task(system.predictions)
         for task, stats in system.stats.items():
-            answers = [each for each in system.predictions if each.task == task]
+            answers = answers_of[task]
             score = next(iter(system.scores[task].values()))
             counts: dict[str, Cell] = {
                 "answers": _count(len(answers)),
                 "clusters": _count(score.num_clusters),
                 **{f"skipped: {reason}": _count(by[task]) for reason, by in skipped.items()},
-                "shortened": _count(_by_task(system, "shortened").get(task)),
+                "shortened": _count(_shortened(system).get(task)),
                 "empty": _count(stats.num_empty),
             }
             stops = Counter(each.stop or "unknown" for each in answers)
@@ -334,15 +361,15 @@ def _skipped(system: ReportSystem) -> dict[str, Counter[str]]:
     return {reason: Counter(_numbers(by.get(file.system))) for reason, by in reasons.items() if isinstance(by, dict)}
 
 
-def _by_task(system: ReportSystem, key: str) -> dict[str, int]:
+def _shortened(system: ReportSystem) -> dict[str, int]:
     file = system.results.seeds[0]
-    found = file.run.get(key) or {}
+    found = file.run.get("shortened") or {}
     return _numbers(found.get(file.system)) if isinstance(found, dict) else {}
 
 
-def _numbers(by_task: Any) -> dict[str, int]:
+def _numbers(counts: Any) -> dict[str, int]:
     """Counts by task, of numbers or of lists of ids."""
-    items = by_task.items() if isinstance(by_task, dict) else ()
+    items = counts.items() if isinstance(counts, dict) else ()
     return {task: value if isinstance(value, int) else len(value) for task, value in items}
 
 
@@ -392,22 +419,20 @@ def _scalar_text(value: object) -> str:
 
 def signatures(report: Report) -> Mapping[str, str]:
     """The settings of the metrics."""
-    metrics: Iterable[Metric] = dict.fromkeys(
-        m for system in report.systems for task in system.scores.values() for m in task
-    )
+    metrics = dict.fromkeys(m for system in report.systems for task in system.scores.values() for m in task)
     lowercase = is_bleu_lowercase(*(system.results for system in report.systems))
     return {METRICS[metric]: signature(metric, bleu_lowercase=lowercase) for metric in metrics}
 
 
 def report_markdown(report: Report, *, with_paper: bool) -> str:
     """The report's tables as Markdown, without the samples."""
-    differences = [difference_table(report)] if report.comparisons else []
-    tables = [score_table(report, with_paper=with_paper), *differences, *nll_tables(report), count_table(report)]
-    tables += [metric_table(report), *description_tables(report), run_table(report)]
-    parts = ["# Evaluation\n", *(f"> {note}\n" for note in report.notes)]
+    verdict, differences = ([verdict_table(report)], [difference_table(report)]) if report.comparisons else ([], [])
+    tables = [*verdict, score_table(report, with_paper=with_paper), *differences, *nll_tables(report)]
+    tables += [count_table(report), metric_table(report), *description_tables(report), run_table(report)]
+    parts = ["# Evaluation\n", *(f"> {markdown_text(note)}\n" for note in notes_of(report))]
     for table in tables:
-        parts.append(f"## {table.title}\n")
-        parts += [f"{table.caption}\n"] if table.caption else []
+        parts.append(f"## {markdown_text(table.title)}\n")
+        parts += [f"{markdown_text(table.caption)}\n"] if table.caption else []
         parts.append(to_markdown(table))
     parts.append("## Metrics\n")
     parts.append("".join(f"- {name}: {text}\n" for name, text in signatures(report).items()))

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from arc_ds.comparison.files import PAGE, write_files
+from arc_ds.comparison.page import render_page
 from arc_ds.comparison.panels import x_axes
 from arc_ds.comparison.report import Options, compare_runs, make_panels, to_json
 from arc_ds.comparison.summary import direction_of, parse_best, speed_and_memory, summarize
-from arc_ds.comparison.svg import log_ticks
-from arc_ds.comparison.tables import number, to_text
+from arc_ds.comparison.svg import draw_panel
+from arc_ds.comparison.tables import to_text
 from arc_ds.errors import DataError
-from arc_ds.pages.axes import nice_ticks
 from arc_ds.pages.tables import Cell, Table
 from tests.helpers.compared_runs import falling, make_run
 
@@ -74,8 +74,67 @@ def test_runs_are_ordered_and_seeds_grouped_by_their_mean() -> None:
     comparison = compare_runs(sweep(), Options())
     assert [run.name for run in comparison.runs][:4] == ["lr0.2_s0", "lr0.2_s1", "lr0.2_s2", "lr0.1_s0"]
     assert [group.label for group in comparison.groups] == ["lr0.2 (3 seeds)", "lr0.1 (3 seeds)", "single"]
+    rows = comparison.tables["groups"].rows
+    assert rows[0][2].value == pytest.approx(5.0) and rows[0][2].note == "± 1" and rows[0][3].value is None
+    # Welch with the degrees of freedom of the smaller group: 4.303 * sqrt(2 / 3).
+    assert rows[1][3].value == pytest.approx(3.0) and rows[1][3].note == "[-0.5134, 6.513]"
+    assert (rows[2][3].value, rows[2][3].note) == (pytest.approx(4.0), "")
+    first, chance, configs = comparison.verdict
+    assert first.endswith("lr0.2 (3 seeds), best value 5. Next: lr0.1 (3 seeds), best value 8, which is 3 worse.")
+    assert chance.startswith(
+        "The 95% interval of the difference is [-0.5134, 6.513] over 3 and 3 seeds: seeds alone may"
+    )
+    assert configs == "Their configs differ in lr (0.2 and 0.1)."
+    assert [row[2].value for row in comparison.tables["runs"].rows[:3]] == [0, 1, 2]
+
+
+def test_a_difference_beyond_the_spread_of_seeds_is_clear_and_high_values_may_be_better() -> None:
+    runs = [
+        make_run(f"{name}{seed}", {"eval/qa/f1": {1: value + seed / 10}}, {"lr": name, "seed": str(seed)})
+        for name, value in (("a", 40.0), ("b", 50.0))
+        for seed in range(4)
+    ]
+    comparison = compare_runs(runs, Options())
+    assert "high values are better): b (4 seeds), best value 50.15" in comparison.verdict[0]
+    assert comparison.tables["runs"].rows[-1][2].value == pytest.approx(10.3)  # behind the first one
+    assert "is 10 worse" in comparison.verdict[0] and "seeds alone do not explain it" in comparison.verdict[1]
+    only = compare_runs(runs[:1], Options()).verdict
+    assert only == ("Only a0 has a value of eval/qa/f1 (high values are better): 40.",)
+
+
+def test_a_seed_that_ended_early_is_in_no_mean() -> None:
+    runs = [
+        make_run(f"a{seed}", {"train/loss": falling(3.0 + seed, num)}, {"seed": str(seed)})
+        for seed, num in enumerate((100, 100, 3))
+    ]
+    comparison = compare_runs([*runs, make_run("b", {"train/loss": falling(4.0)}, {"lr": "1"})], Options())
     row = comparison.tables["groups"].rows[0]
-    assert row[2].value == pytest.approx(5.0) and row[2].note == "± 1"
+    ends = [falling(3.0 + seed)[100] for seed in range(2)]
+    assert row[1].value == 2 and [row[place].value for place in (2, 4, 5)] == pytest.approx([np.mean(ends)] * 3)
+    assert any("a2 ended before step 100" in note and "Means over seeds leave" in note for note in comparison.notes)
+    (panel,) = make_panels(comparison)
+    mean = next(one for one in panel.series if one.label == "a (3 seeds)")
+    assert len(mean.x) == 100 and mean.y[-1] == pytest.approx(np.mean(ends))
+    assert panel.note.endswith("1 seed is not in a mean: ended early.")
+
+
+def test_seeds_without_a_common_step_are_drawn_singly_even_among_many_runs() -> None:
+    runs = [make_run(f"a{n}", {"train/loss": falling(3.0), "m": {90 + n: 5.0}}, {"seed": str(n)}) for n in range(2)]
+    runs += [make_run(f"b{n}", {"train/loss": falling(4.0)}, {"lr": str(n)}) for n in range(9)]
+    panel = next(panel for panel in make_panels(compare_runs(runs, Options())) if panel.metric == "m")
+    assert [one.label for one in panel.series] == ["a0", "a1"] and draw_panel(panel).count('class="dots') == 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("is_log", [False, True])
+def test_extreme_values_make_a_page(is_log: bool) -> None:
+    points = ({1: 1e308, 2: 5e-324, 3: 1.0}, {1: -1e308, 2: math.nan, 3: math.inf}, {1: 1e-300, 2: 1e149, 3: 2.0})
+    runs = [make_run(f"a{n}", {"train/loss": each}, {"seed": str(n)}) for n, each in enumerate(points)]
+    runs.append(make_run("no value", {"train/loss": {1: math.nan}}, {"lr": "1"}))
+    for chosen in (runs, runs[:1], runs[1:2], runs[2:]):
+        comparison = compare_runs(chosen, Options(is_log=is_log))
+        page = render_page(comparison, make_panels(comparison), title="", command="")
+        assert not re.search(r'="[^"]*\b(nan|inf)\b', page.partition("<svg")[2].partition("</svg>")[0])
 
 
 def test_a_lucky_seed_does_not_put_its_group_first() -> None:
@@ -183,7 +242,7 @@ def test_a_spike_does_not_flatten_the_plot_and_is_counted() -> None:
     points = {**falling(3.0), 50: 1e6, 60: math.nan}
     (panel,) = make_panels(compare_runs([make_run("a", {"train/loss": points})], Options()))
     assert panel.limits[1] < 5
-    assert panel.note.startswith("1 NaN or infinite value(s) are not drawn.") and "outside" in panel.note
+    assert panel.note == "1 NaN or infinite value is not drawn. 11 drawn points are outside the shown range."
 
 
 def test_log_needs_positive_values() -> None:
@@ -206,21 +265,6 @@ def test_a_batch_size_that_differs_is_noted() -> None:
     assert any("equal steps are not equal work" in note for note in compare_runs(runs, Options()).notes)
     runs = [make_run(name, {"m": {1: 1.0}}, {"steps": name}) for name in "12"]
     assert any("other places of their learning-rate schedules" in note for note in compare_runs(runs, Options()).notes)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(57570.0, "57.57k"), (0.00012345, "0.0001234"), (2000.0, "2000"), (3e9, "3G"), (math.nan, "nan")],
-)
-def test_numbers_are_short(value: float, text: str) -> None:
-    assert number(value) == text
-
-
-def test_ticks_are_round_and_inside() -> None:
-    assert nice_ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert nice_ticks(1.93, 2.11) == [1.95, 2.0, 2.05, 2.1]
-    assert [text for _, text in log_ticks(-3, 0)] == ["0.001", "0.01", "0.1", "1"]
-    assert len(log_ticks(0.3, 0.35)) >= 2
 
 
 def test_text_tables_count_the_rows_that_they_leave_out() -> None:
@@ -279,10 +323,17 @@ def test_the_page_needs_no_other_file_and_escapes_names(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_comparison_without_any_value_has_an_empty_picture(tmp_path: Path) -> None:
+    comparison = compare_runs([make_run("a", {"train/loss": {1: math.nan}})], Options())
+    (page, *_, picture, _) = write_files(comparison, tmp_path, title="", command="")
+    assert "Without a finite value: train/loss" in page.read_text() and picture.name == "curves.png"
+
+
 def test_csv_files_hold_whole_values(tmp_path: Path) -> None:
-    run = make_run("a", {"train/loss": {1: 1 / 3}}, {"path": "/long" * 20})
+    run = make_run("a", {"train/loss": {1: 1 / 3}}, {"path": "/long" * 20, "size": "64", "digest": "12e456"})
+    other = {"path": "x", "size": "8", "digest": "0012"}
     write_files(
-        compare_runs([run, make_run("b", {"train/loss": {1: 0.5}}, {"path": "x"})], Options()),
+        compare_runs([run, make_run("b", {"train/loss": {1: 0.5}}, other)], Options()),
         tmp_path,
         title="",
         command="",
@@ -290,7 +341,8 @@ def test_csv_files_hold_whole_values(tmp_path: Path) -> None:
     with (tmp_path / "last.csv").open() as file:
         assert list(csv.reader(file))[1] == ["train/loss", str(1 / 3), "0.5"]
     with (tmp_path / "config.csv").open() as file:
-        assert list(csv.reader(file))[1] == ["path", "/long" * 20, "x"]
+        rows = [["digest", "12e456", "0012"], ["path", "/long" * 20, "x"], ["size", "64", "8"]]
+        assert list(csv.reader(file))[1:] == rows  # a digest is no number
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:

@@ -22,10 +22,20 @@ from arc_ds.evaluation.report import write_report
 from arc_ds.evaluation.report.content import make_report, task_sizes
 from arc_ds.evaluation.report.page import report_page
 from arc_ds.evaluation.report.paper import paper_rows
-from arc_ds.evaluation.report.plots import Point, scatter_plot
-from arc_ds.evaluation.report.tables import count_table, difference_table, nll_tables, score_table
+from arc_ds.evaluation.report.plots import Point, difference_plots, dot_plot, scatter_plot
+from arc_ds.evaluation.report.tables import (
+    count_table,
+    difference_table,
+    nll_tables,
+    notes_of,
+    report_markdown,
+    run_table,
+    score_table,
+    verdict_table,
+)
 from arc_ds.evaluation.results import Prediction, prediction_line, read_systems
 from arc_ds.evaluation.scoring import score_system
+from arc_ds.evaluation.statistics import percentile_interval
 from tests.helpers.eval_results import SYSTEMS, fake_folders, fake_results
 
 DRAWS = 300
@@ -73,6 +83,12 @@ def test_an_arrow_marks_only_differences_that_hold_after_holm(report):
             difference = report.comparisons[row["system"].text].by_task[task]["em"]
             assert ("▼" in row[column].text) == (difference.p_holm < 0.05 and difference.value < 0)
     assert "▼" in rows_of(score_table(report, with_paper=False))[1]["SQuAD EM"].text
+    comparison = report.comparisons["closed book"]
+    unsure = replace(comparison.by_task["squad"]["em"], p=0.0003, p_holm=0.06)
+    comparisons = {"closed book": replace(comparison, by_task={"squad": {"em": unsure}})}
+    changed = replace(report, comparisons=comparisons)
+    assert "▼" not in rows_of(score_table(changed, with_paper=False))[1]["SQuAD EM"].text
+    assert "p=0.060" in difference_plots(changed)
 
 
 def test_lower_nll_is_marked_as_better(folders):
@@ -126,7 +142,14 @@ def test_mismatched_contexts_lower_the_floor_of_the_gap(tmp_path, folders):
     made = make_report(read_systems([*folders, str(other)]), num_draws=DRAWS)
     nll = {system.name: system.scores["nq"]["nll"].value for system in made.systems}
     expected = (nll["mismatched"] - nll["ARC4"]) / (nll["mismatched"] - nll["open book"])
-    assert made.gap_closed["ARC4", "nq"].value == expected and nll["mismatched"] < nll["closed book"]
+    gap = made.gap_closed["ARC4", "nq"]
+    assert gap.value == expected and nll["mismatched"] < nll["closed book"]
+    closed, mismatched, full, arc = (
+        next(each for each in made.systems if each.name == name).draws["nq"]["nll"]
+        for name in ("closed book", "mismatched", "open book", "ARC4")
+    )
+    floor = np.minimum(closed, mismatched)
+    assert (gap.low, gap.high) == percentile_interval((floor - arc) / (floor - full), 8)
 
 
 def test_differing_samples_are_bounded_balanced_and_show_who_is_right(folders):
@@ -134,12 +157,19 @@ def test_differing_samples_are_bounded_balanced_and_show_who_is_right(folders):
     assert len(made.samples) == 24
     cells = Counter((each.system, each.task, each.difference > 0) for each in made.samples)
     assert set(cells.values()) == {3}  # two systems, two tasks, two directions
+    chosen, every = (
+        sorted(each.id for each in found.samples if (each.system, each.task, each.difference > 0) == next(iter(cells)))
+        for found in (made, make_report(read_systems(folders), num_draws=DRAWS))
+    )
+    assert chosen != every[:3] and set(chosen) < set(every)  # not the file's first ones
     for each in made.samples:
         assert abs(each.baseline_score - each.score) == 100
         assert (each.prediction in each.references) == (each.score == 100) == (each.difference > 0)
     counts = made.pair_counts["ARC4", "squad"]
     difference = made.comparisons["ARC4"].by_task["squad"]["em"]
     assert sum(counts) == 60 and (counts.better - counts.worse) / 60 * 100 == pytest.approx(difference.value)
+    none = make_report(read_systems(folders), max_samples=0, num_draws=DRAWS)
+    assert "0 of 8" in report_page(none, with_paper=False)
     row = next(r for r in rows_of(difference_table(made)) if (r["system"].text, r["task"].text) == ("ARC4", "SQuAD EM"))
     assert (row["better"].value, row["worse"].value, row["equal"].value) == counts
 
@@ -191,20 +221,23 @@ def hostile_files(root, num=6, length=0):
 
 
 def test_hostile_texts_stay_texts(tmp_path):
-    page = report_page(make_report(read_systems(hostile_files(tmp_path)), num_draws=DRAWS), with_paper=True)
+    made = make_report(read_systems(hostile_files(tmp_path)), num_draws=DRAWS)
+    page = report_page(made, with_paper=True)
     tags = Tags(page)
     assert tags.names["script"] == 1 and tags.names["img"] == 0 and tags.names["article"] == 6
     assert not [name for name, _ in tags.attributes if name.startswith("on")]
-    assert HOSTILE in tags.text
+    assert HOSTILE in tags.text and "✓ wrong" not in tags.text and tags.text.count("✓") == 6
     outside = [value for name, value in tags.attributes if name in ("src", "href") and not value.startswith("#")]
     assert outside == [] and "@import" not in page and "url(" not in page
+    markdown = report_markdown(replace(made, notes=(HOSTILE,)), with_paper=True)
+    assert "<script" not in markdown and "## Differences from a&lt;/article>" in markdown
 
 
 def test_the_page_of_many_long_answers_stays_small(tmp_path):
-    files = hostile_files(tmp_path, num=400, length=5000)
+    files = hostile_files(tmp_path, num=320, length=1500)
     page = report_page(make_report(read_systems(files), num_draws=DRAWS), with_paper=False)
-    assert len(page) < 3e6 and Tags(page).names["article"] == 300
-    assert "300 of 400 pairs" in page
+    assert len(page) < 2e6 and Tags(page).names["article"] == 300
+    assert "300 of 320 pairs" in page
 
 
 def test_one_system_has_scores_and_no_differences(folders):
@@ -237,8 +270,76 @@ def test_other_protocols_and_data_are_refused_unless_forced(tmp_path, folders):
         assert "--force" in str(error.value)
         forced = make_report(read_systems([folders[0], other]), force=True, num_draws=DRAWS)
         assert difference in forced.notes[0] and difference in report_page(forced, with_paper=False)
+        with_closed = make_report(read_systems([*folders[:2], other]), force=True, num_draws=DRAWS)
+        assert not with_closed.gap_closed  # it compares scores of the same questions
+        if other == protocol:
+            rows = [row for row in rows_of(run_table(forced)) if row["key"].text == "protocol.references"]
+            found = {row["value"].text: row["systems"].text for row in rows}
+            assert found == {CLEAN.references: "open book", "first": "ARC4"}
     assert forced.comparisons["ARC4"].by_task["squad"]["em"].n == 50  # the questions that both have
     assert forced.systems[0].scores["squad"]["em"].n == 60
+    rows = rows_of(score_table(forced, with_paper=False))
+    assert [row["system"].note for row in rows] == ["", "≠ other questions, data or protocol"]
+    assert [row["SQuAD EM"].note.split(" n=")[1] for row in rows] == ["60", "50"]
+    assert "n=" not in rows[0]["NQ EM"].note
+
+
+def test_systems_differ_also_in_a_task_that_the_baseline_lacks(tmp_path, folders):
+    base = str(fake_results(tmp_path / "base", replace(OPEN, name="nq only"), {"nq": 40}))
+    fewer = str(fake_results(tmp_path / "fewer", ARC4, {"squad": 50, "nq": 40, "hotpotqa": 3}))
+    with pytest.raises(DataError, match="squad-00050"):
+        make_report(read_systems([base, folders[1], fewer]), num_draws=DRAWS)
+    forced = make_report(read_systems([base, folders[1], fewer]), force=True, num_draws=DRAWS)
+    assert forced.different == {"ARC4"} and "next to closed book in spite of" in forced.notes[0]
+    assert forced.comparisons["ARC4"].by_task["nq"]["em"].n == 40
+    assert [each.average is None for each in forced.systems] == [True, True, False]  # only one has all three tasks
+
+
+def test_forcing_one_system_leaves_the_clusters_of_the_others(tmp_path, folders):
+    files = [str(fake_results(tmp_path / "protocol", ARC4, TASKS, protocol=replace(CLEAN, references="first")))]
+    answers = read_systems([folders[1]])[0].seeds[0].predictions
+    files.append(write_lines(tmp_path / "bare.jsonl", [replace(each, cluster="", system="bare") for each in answers]))
+    forced = make_report(read_systems([folders[0], *files]), force=True, num_draws=DRAWS)
+    expected = make_report(read_systems(folders[:2]), num_draws=DRAWS)
+    assert forced.comparisons["bare"].by_task == expected.comparisons["closed book"].by_task
+
+
+def test_the_verdict_counts_clear_tasks_and_states_the_cost(report, folders):
+    closed, arc = rows_of(verdict_table(report))
+    average = report.comparisons["closed book"].average
+    assert closed["difference"].value == average.value and closed["detectable"].value == average.detectable
+    assert (closed["worse in"].text, closed["better in"].text, closed["not clear"].value) == ("1: SQuAD", "–", 1)
+    assert "▼" not in rows_of(score_table(report, with_paper=False))[1]["NQ EM"].text
+    assert arc["not clear"].value == 2 and (arc["×"].text, closed["×"].text) == ("3.89", "∞")
+    assert arc["prompt rows"].value == report.systems[2].mean_size("prompt_rows")
+    made = make_report(read_systems(folders), baseline="closed book", metric="nll", num_draws=DRAWS)
+    assert rows_of(verdict_table(made))[0]["better in"].text == "2: NQ, SQuAD"  # lower NLL is better
+
+
+def test_skipped_samples_of_shown_tasks_are_named_above_the_scores(tmp_path, report):
+    made = make_report(read_systems([str(fake_results(tmp_path, OPEN, {"hotpotqa": 4}))]), num_draws=DRAWS)
+    assert notes_of(made) == ["Scores leave out skipped samples: open book: 2 of HotpotQA (too long)."]
+    assert notes_of(report) == []
+
+
+def test_empty_documents_and_prompts_have_no_place_on_a_logarithmic_axis(tmp_path):
+    counts = ({"prompt_rows": 0}, {"document_decoder_tokens": 0, "vectors": 1, "prompt_rows": 9})
+    files = [
+        write_lines(
+            tmp_path / f"{n}.jsonl",
+            [Prediction(id=str(i), task="qa", prediction="x", references=("x",), lengths=each) for i in range(3)],
+        )
+        for n, each in enumerate(counts)
+    ]
+    page = report_page(make_report(read_systems(files), num_draws=DRAWS), with_paper=False)
+    assert "Score against compression" in page and "nan" not in page.partition("<svg")[2].partition("<h2")[0]
+
+
+def test_plots_of_very_many_tasks_are_folded(tmp_path):
+    lines = [Prediction(id="1", task=f"qa{n}", prediction="x", references=("x",)) for n in range(14)]
+    made = make_report(read_systems([write_lines(tmp_path / "many.jsonl", lines)]), num_draws=DRAWS)
+    page = report_page(made, with_paper=False)
+    assert "<summary>9 more plots</summary>" in page and page.count("<svg") == 15
 
 
 def test_a_system_without_a_task_is_compared_in_the_others(tmp_path, folders):
@@ -290,6 +391,16 @@ def test_names_of_points_at_one_place_do_not_cover_each_other():
     assert len(places) == 6
     for (x, y), (other_x, other_y) in combinations(places, 2):
         assert abs(y - other_y) >= 11.9 or abs(x - other_x) > 48  # a name is 12 high and 48 wide
+
+
+def test_marks_stand_at_their_values():
+    values = [Point(f"s{n}", 0, value, 5, 75, x=x) for n, (x, value) in enumerate([(1, 10), (10, 30), (100, 70)])]
+    circle = r'class=mark d="M([\d.]+) ([\d.]+)a'
+    (x0, y0), (x1, y1), (x2, y2) = ((float(x), float(y)) for x, y in re.findall(circle, scatter_plot(values, "x", "y")))
+    assert x2 - x1 == pytest.approx(x1 - x0, abs=0.2) and y0 - y2 == pytest.approx(3 * (y0 - y1), abs=0.3)
+    assert x1 - x0 > 50 and y0 - y1 > 20
+    (x0, y0), (x1, y1), (x2, y2) = ((float(x), float(y)) for x, y in re.findall(circle, dot_plot(values, "y")))
+    assert x2 - x0 == pytest.approx(3 * (x1 - x0), abs=0.3) and y2 - y1 == y1 - y0 == 20 and x1 - x0 > 50
 
 
 def test_wrong_names_and_an_empty_file_have_one_clear_error(tmp_path, folders):

@@ -13,7 +13,6 @@ from arc_ds.comparison.summary import Direction, summarize
 from arc_ds.evaluation.statistics import student_quantile
 from arc_ds.pages.axes import number, tick_texts
 
-_QUANTILES = {1: 12.706, 2: 4.303}  # of Student's t, for which the expansion of `student_quantile` is too small
 _MAX_KEYS = 4
 
 
@@ -42,7 +41,7 @@ def behind(first: Sequence[float], other: Sequence[float], direction: Direction)
     if degrees < 1:
         return value, math.nan, math.nan
     stderr = math.sqrt(sum(float(np.var(values, ddof=1)) / len(values) for values in (first, other)))
-    half = _QUANTILES.get(degrees, student_quantile(degrees)) * stderr
+    half = student_quantile(0.975, degrees) * stderr
     return value, value - half, value + half
 
 

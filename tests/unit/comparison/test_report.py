@@ -76,13 +76,13 @@ def test_runs_are_ordered_and_seeds_grouped_by_their_mean() -> None:
     assert [group.label for group in comparison.groups] == ["lr0.2 (3 seeds)", "lr0.1 (3 seeds)", "single"]
     rows = comparison.tables["groups"].rows
     assert rows[0][2].value == pytest.approx(5.0) and rows[0][2].note == "± 1" and rows[0][3].value is None
-    # Welch with the degrees of freedom of the smaller group: 4.303 * sqrt(2 / 3).
-    assert rows[1][3].value == pytest.approx(3.0) and rows[1][3].note == "[-0.5134, 6.513]"
+    # Welch with the degrees of freedom of the smaller group: 4.3027 * sqrt(2 / 3).
+    assert rows[1][3].value == pytest.approx(3.0) and rows[1][3].note == "[-0.5131, 6.513]"
     assert (rows[2][3].value, rows[2][3].note) == (pytest.approx(4.0), "")
     first, chance, configs = comparison.verdict
     assert first.endswith("lr0.2 (3 seeds), best value 5. Next: lr0.1 (3 seeds), best value 8, which is 3 worse.")
     assert chance.startswith(
-        "The 95% interval of the difference is [-0.5134, 6.513] over 3 and 3 seeds: seeds alone may"
+        "The 95% interval of the difference is [-0.5131, 6.513] over 3 and 3 seeds: seeds alone may"
     )
     assert configs == "Their configs differ in lr (0.2 and 0.1)."
     assert [row[2].value for row in comparison.tables["runs"].rows[:3]] == [0, 1, 2]

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +30,7 @@ from arc_ds.evaluation.plan import CUT, Batch, EvalPlan, LoadedTask, load_task, 
 from arc_ds.evaluation.results import PREDICTIONS, RUN, TIMES, Prediction, data_digest, write_results
 from arc_ds.evaluation.systems import KINDS
 from arc_ds.evaluation.systems.kind import SystemSettings
+from arc_ds.evaluation.systems.served import in_order_of_end, offers_nll
 from arc_ds.evaluation.systems.system import KeepsWork, System
 from arc_ds.system import dist
 from arc_ds.system.device import select_device
@@ -74,6 +76,8 @@ def run_evaluation(config: EvalConfig) -> Path:
         write_whole(folder / RUN, json.dumps(run, indent=2, ensure_ascii=False) + "\n")  # that of all ranks
     if rank == 0:
         _report_plan(plan)
+        if without := [system.name for system in systems if config.nll and not offers_nll(system)]:
+            logger.warning("%s: their servers give no NLL of an answer, so it is left out", ", ".join(without))
     digest = run["plan_digest"]
     done = _finished(folder, digest)
     if (folder / PREDICTIONS).exists():  # asked after the parts were read, because a merge removes them last
@@ -110,13 +114,22 @@ def _answer(
 ) -> None:
     """Answer the batches of this rank, by number, and append each to its part file."""
     by_name = {system.name: (system, str(system.describe().get("decoder", ""))) for system in systems}
-    for number in numbers:
+
+    def answer(number: int) -> tuple[Prediction, ...]:
         batch = plan.batches[number]
         system, decoder = by_name[batch.system]
-        started = time.perf_counter()
-        predictions = answer_batch(system, batch, decoder=decoder, nll=config.nll, seed=config.seed)
-        append(file, FinishedBatch(digest, number, time.perf_counter() - started, predictions))
-        progress.add(batch, predictions)
+        nll = config.nll and offers_nll(system)
+        return answer_batch(system, batch, decoder=decoder, nll=nll, seed=config.seed)
+
+    def system_of(number: int) -> System:
+        return by_name[plan.batches[number].system][0]
+
+    started = time.perf_counter()
+    with closing(in_order_of_end(numbers, system_of, lambda n: len(plan.batches[n].prompts), answer)) as answered:
+        for number, predictions in answered:
+            append(file, FinishedBatch(digest, number, time.perf_counter() - started, predictions))
+            progress.add(plan.batches[number], predictions)
+            started = time.perf_counter()
     progress.close()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.sample import Document, EvalPrompt
 from arc_ds.evaluation.systems.budget import Budget, Part, choose_sentences, cut_to, rows_of_arc
 from arc_ds.evaluation.systems.kind import SystemKind, SystemSettings
+from arc_ds.evaluation.systems.served import ServedReader, ServerSection, open_text_reader, open_vector_reader
 from arc_ds.evaluation.systems.system import Answer, AnswerNll
 from arc_ds.inference.arc import ArcModel
 from arc_ds.inference.decoders import Implementation
@@ -127,6 +129,8 @@ class DecoderSystem(ABC):
         return lengths
 
     def _description(self, kind: str, **others: Any) -> dict[str, Any]:
+        if isinstance(self.reader, ServedReader):
+            return {"kind": kind, "decoder": self.reader.name, **self.reader.record(), **others}
         decoder = self.reader.decoder
         return {
             "kind": kind,
@@ -211,6 +215,7 @@ class ArcSystem(DecoderSystem):
         model.check_port(decoder_idx, marker)
         self.model, self._decoder_idx, self._marker = model, decoder_idx, marker
         self._kept: dict[str, Tensor] = {}
+        self._encoder_lock = Lock()  # of the threads that answer through a server
         encoder = model.encoder_tokenizer
         self._num_encoder_tokens: Callable[[str], int] = lru_cache(_NUM_KEPT)(lambda text: len(encoder.encode(text)))
 
@@ -248,6 +253,12 @@ class ArcSystem(DecoderSystem):
         return self.model.num_vectors(self._num_encoder_tokens(text), self._marker)
 
     def _all_parts(self, prompts: Sequence[EvalPrompt]) -> list[list[str | Vectors]]:
+        with self._encoder_lock:
+            if isinstance(self.reader, ServedReader):
+                self._kept = {}  # of a batch of another thread
+            return self._compressed(prompts)
+
+    def _compressed(self, prompts: Sequence[EvalPrompt]) -> list[list[str | Vectors]]:
         documents = {prompt.sample.id: _documents(prompt) for prompt in prompts}
         texts = list(dict.fromkeys(text for line in documents.values() for text in line))
         new = [text for text in texts if text not in self._kept]
@@ -303,9 +314,19 @@ class DecoderSection:
     """Rotary scaling: the checkpoint's own, or none."""
     implementation: Implementation = "auto"
     """native: our transformer. transformers: the model's own code. auto: native if it knows the decoder."""
+    server: ServerSection | None = None
+    """A server that runs the decoder. `decoder` then needs no weights: its tokenizer and sizes are read."""
 
     def open(self, settings: SystemSettings) -> DecoderReader:
-        """Load the decoder. Systems of one evaluation share it."""
+        """Load the decoder. Systems of one evaluation share it, unless a server runs it."""
+        if self.server is not None:
+            return open_text_reader(
+                self.server,
+                Path(self.decoder),
+                bos=self.bos,
+                rope_scaling=self.rope_scaling,
+                implementation=self.implementation,
+            )
         return _open(self.decoder, self.bos, self.rope_scaling, self.implementation, settings.device, settings.dtype)
 
 
@@ -372,6 +393,8 @@ class ArcSection:
     """Replaces the factor of the last pooled layer. None: that of training."""
     marker: Literal["cont", "rec", "none"] = "cont"
     """Marker after each document."""
+    server: ServerSection | None = None
+    """A server that runs the decoder. Only the embedding tables of `decoders` are read then."""
 
 
 def build_arc(section: ArcSection, settings: SystemSettings) -> ArcSystem:
@@ -388,7 +411,12 @@ def build_arc(section: ArcSection, settings: SystemSettings) -> ArcSystem:
         settings.device,
         settings.dtype,
         section.pooling_factor,
+        decoder_parts="all" if section.server is None else "embedding",
     )
+    if section.server is not None:
+        readers, path = list(model.readers), Path(section.decoders[section.decoder_idx])
+        readers[section.decoder_idx] = open_vector_reader(section.server, readers[section.decoder_idx], path)
+        model.readers = tuple(readers)
     model.readers[section.decoder_idx].name = Path(section.decoders[section.decoder_idx]).name
     marker: Marker | None = None if section.marker == "none" else section.marker
     return ArcSystem(settings.name, model, settings, decoder_idx=section.decoder_idx, marker=marker)

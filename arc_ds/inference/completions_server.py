@@ -11,7 +11,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -162,7 +162,7 @@ class CompletionsServer:
 
     async def _identify(self, session: aiohttp.ClientSession, model: str | None) -> ServerIdentity:
         models = await self._get(session, f"{self.base}/models")
-        version = await self._get(session, f"{self.base.removesuffix('/v1')}/version")
+        version = await self._get(session, f"{self.base.removesuffix('/v1')}/version")  # vLLM's, not OpenAI's
         version_text = version.get("version") if isinstance(version, dict) else None
         data = models.get("data") if isinstance(models, dict) else None
         listed = {each["id"]: each for each in data or () if isinstance(each, dict) and isinstance(each.get("id"), str)}
@@ -196,23 +196,26 @@ class CompletionsServer:
                 f"the server {self.base} cannot be reached ({fault}). Start it, or correct `server.url`."
             ) from fault
         if response.status in (401, 403):
-            raise self._refused(response.status, "")
+            raise self._refused(response.status, "it wants a key")
+        if response.status in _TRANSIENT and url.endswith("/models"):
+            raise ServerError(f"the server {self.base} answered {response.status}. Wait until it has loaded its model.")
         try:
             return json.loads(raw) if response.status == 200 else None
         except ValueError:
             return None
 
-    def complete(self, make_bodies: Sequence[MakeBody]) -> list[dict[str, Any]]:
+    def complete(self, make_bodies: Sequence[MakeBody], *, refusals: Collection[int] = ()) -> list[dict[str, Any]]:
         """Send requests to `/completions`. Returns their answers in the same order.
 
         make_bodies: each makes the body of a request as soon as it can be sent.
+        refusals: further statuses that are not retried.
 
         Raises RefusedError if the server refuses a request, and ServerError if it has not answered one for `retry_s`
         or does not speak OpenAI's API. The other requests are ended then.
         """
 
         async def all_of_them(connection: _Connection) -> list[dict[str, Any]]:
-            tasks = [asyncio.ensure_future(self._ask(connection, each)) for each in make_bodies]
+            tasks = [asyncio.ensure_future(self._ask(connection, each, refusals)) for each in make_bodies]
             try:
                 return await asyncio.gather(*tasks)
             finally:
@@ -222,14 +225,14 @@ class CompletionsServer:
 
         return self._run(all_of_them)
 
-    async def _ask(self, connection: _Connection, make_body: MakeBody) -> dict[str, Any]:
+    async def _ask(self, connection: _Connection, make_body: MakeBody, refusals: Collection[int]) -> dict[str, Any]:
         async with connection.free:
             raw = await asyncio.to_thread(lambda: json.dumps(make_body()).encode())
             first_fault: float | None = None
             num_faults = 0
             while True:
                 try:
-                    return await self._post(connection.session, raw)
+                    return await self._post(connection.session, raw, refusals)
                 except _Transient as fault:
                     now = time.monotonic()
                     first_fault = now if first_fault is None else first_fault
@@ -243,7 +246,7 @@ class CompletionsServer:
                     self._warn(f"the server {self.base} {fault}; the request is sent again in {wait_s:.1f} s")
                 await asyncio.sleep(wait_s)
 
-    async def _post(self, session: aiohttp.ClientSession, raw: bytes) -> dict[str, Any]:
+    async def _post(self, session: aiohttp.ClientSession, raw: bytes, refusals: Collection[int]) -> dict[str, Any]:
         headers = {"content-type": "application/json"}
         try:
             async with connection_faults():
@@ -257,7 +260,7 @@ class CompletionsServer:
                 fault.kind, f"closed the connection ({fault})"
             )
             raise _Transient(words) from fault
-        if response.status in _TRANSIENT:
+        if response.status in _TRANSIENT and response.status not in refusals:
             after = response.headers.get("retry-after", "")
             wait_s = float(after) if after.isascii() and after.isdigit() else 0.0
             raise _Transient(f"answered {response.status}: {words}", wait_s)
@@ -284,7 +287,8 @@ class CompletionsServer:
             404: f"Check `server.model`: {self.base}/models lists the names.",
             413: "Raise its limit of a request's size (arc-ds serve: --max-body-mib).",
         }
-        return RefusedError(status, f"the server {self.base} answered {status}: {words}. {remedies.get(status, '')}")
+        message = f"the server {self.base} answered {status}: {words.rstrip('.')}. {remedies.get(status, '')}"
+        return RefusedError(status, message.rstrip())
 
     def _warn(self, message: str) -> None:
         if time.monotonic() - self._warned_at > _WARN_EVERY_S:

@@ -23,18 +23,17 @@ from torch import Tensor
 
 from arc_ds.batch.segments import TokenIds
 from arc_ds.config.ranges import NonNegativeFloat, Positive, PositiveFloat
-from arc_ds.errors import ConfigError, ServerError, TokenizerError
+from arc_ds.errors import ConfigError, ServerError
 from arc_ds.evaluation.systems.system import System
-from arc_ds.inference.decoder_files import find_max_positions, find_stop_ids
-from arc_ds.inference.decoders import Implementation, read_decoder_sizes
+from arc_ds.inference.decoders import Implementation, OpenedDecoder, read_decoder_sizes
 from arc_ds.inference.generate import Sampling
+from arc_ds.inference.load import DecoderSettings
 from arc_ds.inference.prompt_embeds import cache_salt, encode_tensor
-from arc_ds.inference.reader import Answer, DecoderReader, Nll, StopReason, before_first
+from arc_ds.inference.reader import Answer, DecoderReader, Nll, StopReason, before_first, reader_of
 from arc_ds.inference.rows import Rows, num_rows, pack_rows
 from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder
 from arc_ds.model.weights.hf_config import RopeScalingChoice
 from arc_ds.system.packages import require
-from arc_ds.tokenizers import check_fits, find_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from arc_ds.inference.completions_server import CompletionsServer, ServerIdentity
@@ -43,13 +42,14 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _DEFAULT_KEY = "ARC_UPSTREAM_API_KEY"
-_REFUSALS = (400, 404, 405, 413, 415, 422, 501)  # of a request with fields that a server does not support
+# Statuses of a request with fields that a server does not support. Some versions of vLLM fail with 500 on them.
+_REFUSALS = (400, 404, 405, 413, 415, 422, 500, 501)
 _UNNAMED = -1  # a token that the server counts and does not name
 
 # How a server gives the NLL of a prompt: vLLM's own field, or OpenAI's echo of the prompt with its log probabilities.
 NllMethod = Literal["prompt_logprobs", "echo"]
 _NLL_FIELDS: Mapping[NllMethod, Mapping[str, Any]] = {
-    "prompt_logprobs": {"prompt_logprobs": 0},
+    "prompt_logprobs": {"prompt_logprobs": 1},
     "echo": {"echo": True, "logprobs": 1},
 }
 
@@ -264,26 +264,15 @@ def open_text_reader(
     bos: bool,
     rope_scaling: RopeScalingChoice,
     implementation: Implementation,
-    nll: bool = True,
 ) -> ServedReader:
     """A reader for prompts of text. Reads tokenizer and sizes in the decoder's folder; it needs no weights.
 
-    Raises TokenizerError if there is no tokenizer, WeightsError if there are no sizes, and ServerError.
+    Raises WeightsError if there are no sizes, TokenizerError if the tokenizer is damaged or does not fit, and
+    ServerError.
     """
-    sizes = read_decoder_sizes(path, rope_scaling, implementation=implementation)
-    found = find_tokenizer(path)
-    if found is None:
-        raise TokenizerError(f"{path} has no tokenizer: copy the one of the server's model into it")
-    tokenizer = load_tokenizer(found)
-    check_fits(tokenizer, sizes.vocab_size, f"decoder {path}", (tokenizer.bos_id,) if bos and tokenizer.bos_id else ())
-    reader = DecoderReader(
-        decoder=cast(FrozenDecoder, _SizesOnly(sizes=sizes)),
-        tokenizer=tokenizer,
-        bos=bos,
-        stop_ids=tuple(idx for idx in find_stop_ids(path, tokenizer) if idx < sizes.vocab_size),
-        max_positions=find_max_positions(path),
-        is_whole=False,
-    )
+    sizes = _SizesOnly(sizes=read_decoder_sizes(path, rope_scaling, implementation=implementation))
+    settings = DecoderSettings(rope_scaling=rope_scaling, bos=bos)
+    reader = reader_of(path, cast(OpenedDecoder, sizes), settings, is_whole=False)(decoder=cast(FrozenDecoder, sizes))
     served = _served(section, reader, path)
     return dataclasses.replace(served, nll_method=_find_nll_method(served))
 
@@ -303,6 +292,8 @@ def open_vector_reader(section: ServerSection, reader: DecoderReader, path: Path
     try:
         served.answer_rows([[row]], max_new_tokens=1)
     except RefusedError as error:
+        if error.status not in _REFUSALS:
+            raise
         raise ServerError(
             f"{error} It was sent a prompt of one vector of width {row.shape[1]}. Start it with prompt embeddings "
             f"(vLLM: --enable-prompt-embeds; arc-ds serve: --prompt-embeds) and with the decoder {path}."
@@ -333,7 +324,7 @@ def _find_nll_method(reader: ServedReader) -> NllMethod | None:
     for method in _NLL_FIELDS:
         try:
             body = partial(reader._body, [TokenIds(ids)], max_tokens=1, **_options(Sampling()), **_NLL_FIELDS[method])
-            (reply,) = reader.server.complete([body])
+            (reply,) = reader.server.complete([body], refusals=_REFUSALS)
         except RefusedError as error:
             if error.status not in _REFUSALS:
                 raise

@@ -54,7 +54,7 @@ class _Transient(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerIdentity:
-    """What a server says about itself.
+    """A server's description of itself.
 
     name: owner of the model in its list of models, such as "vllm"; "unknown" if it has no list.
     version: None if it does not say.
@@ -71,7 +71,7 @@ class ServerIdentity:
 
 
 class _Connection(NamedTuple):
-    """What requests in one event loop share. `free` has a permit for each further request in flight."""
+    """The state that requests in one event loop share. `free` has a permit for each further request in flight."""
 
     session: aiohttp.ClientSession
     free: asyncio.Semaphore
@@ -130,7 +130,7 @@ class CompletionsServer:
         await self._connection.session.close()
 
     def _run(self, work: Callable[[_Connection], Coroutine[Any, Any, T]]) -> T:
-        with self._lock:  # nothing is submitted after `__exit__` has begun, which would wait for ever
+        with self._lock:  # work that comes after `__exit__` has begun would never end
             is_alone = self._loop is None and not self._has_ended
             if not is_alone:
                 if self._has_ended or self._loop is None:

@@ -99,7 +99,7 @@ def identity_keys(section: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _SizesOnly:
-    """In place of a decoder whose weights are not read."""
+    """The sizes of a decoder whose weights are not read."""
 
     sizes: DecoderSizes
 
@@ -127,7 +127,7 @@ class ServedReader(DecoderReader):
     nll_method: NllMethod | None = None
 
     def record(self) -> dict[str, Any]:
-        """What identifies the decoder, for `System.describe`."""
+        """The identity of the decoder, for `System.describe`."""
         return {
             "implementation": "server",
             "server": {**dataclasses.asdict(self.identity), "nll": self.nll_method},
@@ -135,7 +135,7 @@ class ServedReader(DecoderReader):
         }
 
     def forget(self) -> None:
-        """Nothing is kept."""
+        """Does nothing: this reader keeps no rows."""
 
     def answer_rows(
         self,

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,16 +26,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from bench_rows import append, origin
-from bench_serve import speeches
+from bench_rows import command_line, cut_documents, model_parser, origin, run
 from torch import Tensor
 
 from arc_ds import ArcModel, Context, Vectors
 from arc_ds.batch.packing import pack
 from arc_ds.batch.segments import Sample
-from arc_ds.errors import ArcError, DataError
 from arc_ds.system.device import synchronize
-from arc_ds.system.user_paths import path_argument
 
 _NUM_EXAMPLES = 5
 _STOP = "\n\n"
@@ -99,26 +95,12 @@ Prompts = list[list[str | Context | Vectors]]
 
 def main() -> int:
     """Run the benchmark; return 0 on success."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=path_argument, required=True, help="an export")
-    parser.add_argument("--decoder", type=path_argument, required=True, help="its decoder")
-    parser.add_argument("--text", type=path_argument, help="text file to take documents from")
-    parser.add_argument("--characters", type=int, default=600, help="characters of a document (default 600)")
+    parser = model_parser(__doc__ or "", characters=600)
     parser.add_argument("--samples", type=int, default=32, help="prompts (default 32)")
     parser.add_argument("--batch", type=int, default=8, help="prompts in a batch (default 8)")
     parser.add_argument("--limit", type=int, default=64, help="maximum number of new tokens (default 64)")
     parser.add_argument("--device", default="cpu", help="device (default cpu)")
-    parser.add_argument("--dtype", default="float32", help="dtype of weights (default float32)")
-    parser.add_argument("--out", type=path_argument, help="CSV file to append the rows to")
-    args = parser.parse_args()
-    try:
-        rows = measure(args)
-    except ArcError as error:
-        print(f"bench_generate: {error}", file=sys.stderr)
-        return 2
-    if args.out is not None:
-        append(args.out, rows)
-    return 0
+    return run(measure, parser.parse_args())
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
@@ -159,7 +141,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
                 limit=args.limit,
                 dtype=args.dtype,
                 load=round(os.getloadavg()[0], 2),
-                command=shlex.join(["python", "tools/bench_generate.py", *sys.argv[1:]]),
+                command=command_line(),
                 **origin(("torch",)),
             )
         )
@@ -179,13 +161,10 @@ def timed(work: Callable[[], list[str]], device: torch.device) -> Measured:
 
 def read_blocks(args: argparse.Namespace) -> tuple[list[Block], list[Block]]:
     """(examples, questions) about parts of the text. An example's answer is a sentence's first words."""
-    text = " ".join((args.text.read_text(encoding="utf-8") if args.text else speeches()).split())
-    documents = [text[start : start + args.characters] for start in range(0, len(text), args.characters)]
-    if len(documents) <= args.samples + _NUM_EXAMPLES:
-        raise DataError(f"the text gives {len(documents)} documents; give a longer one, or lower --samples")
+    documents = cut_documents(args, args.samples + _NUM_EXAMPLES)
     question = "\nQuestion: Which words stand at the beginning of the document?\nAnswer:"
     examples = [Block(each, f"{question} {' '.join(each.split()[:3])}{_STOP}") for each in documents[:_NUM_EXAMPLES]]
-    return examples, [Block(each, question) for each in documents[_NUM_EXAMPLES : _NUM_EXAMPLES + args.samples]]
+    return examples, [Block(each, question) for each in documents[_NUM_EXAMPLES:]]
 
 
 def make_prompts(

@@ -1,21 +1,28 @@
-"""Origin, memory and CSV rows of a measurement, for the benchmark programs."""
+"""Common parts of the benchmark programs: options, documents, origin, memory and CSV rows of a measurement."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import platform
+import shlex
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 import arc_ds
+from arc_ds.demo.inputs import speeches
+from arc_ds.errors import ArcError, DataError
 from arc_ds.system.device import describe_device
+from arc_ds.system.user_paths import path_argument
 
 
 def origin(packages: Sequence[str]) -> dict[str, str]:
@@ -63,3 +70,47 @@ def append(path: Path, rows: Sequence[Any]) -> None:
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         write(file, rows, header=is_new)
+
+
+def model_parser(doc: str, *, characters: int) -> argparse.ArgumentParser:
+    """The options of a program that measures an export and its decoder with documents of a text.
+
+    doc: of the program. Its first line becomes the description.
+    characters: default length of a document.
+    """
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--model", type=path_argument, required=True, help="an export")
+    parser.add_argument("--decoder", type=path_argument, required=True, help="its decoder")
+    parser.add_argument("--text", type=path_argument, help="text file to take documents from (default: speeches)")
+    parser.add_argument("--characters", type=int, default=characters, help=f"of a document (default {characters})")
+    parser.add_argument("--dtype", default="float32", help="dtype of weights (default float32)")
+    parser.add_argument("--out", type=path_argument, help="CSV file to append the rows to")
+    return parser
+
+
+def cut_documents(args: argparse.Namespace, number: int) -> list[str]:
+    """So many documents: parts of `--text` or of the State of the Union speeches. DataError if there are fewer."""
+    files = [args.text] if args.text else chain(*speeches())
+    text = " ".join(" ".join(file.read_text(encoding="utf-8") for file in files).split())
+    documents = [text[start : start + args.characters] for start in range(0, len(text), args.characters)]
+    if len(documents) < number:
+        raise DataError(f"the text gives {len(documents)} documents of {number}; give a longer one, or ask for fewer")
+    return documents[:number]
+
+
+def run(measure: Callable[[argparse.Namespace], Sequence[Any]], args: argparse.Namespace) -> int:
+    """Measure, and append the rows to `--out`. Returns the exit code; 2 after an error, which is printed."""
+    try:
+        rows = measure(args)
+    except ArcError as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        return 2
+    if args.out is not None:
+        append(args.out, rows)
+    return 0
+
+
+def command_line() -> str:
+    """The command of this process, with the names of files and folders in place of their paths."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *words])

@@ -26,16 +26,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import aiohttp
-from bench_rows import append, origin
+from bench_rows import command_line, cut_documents, model_parser, origin, run
 
-from arc_ds.demo.inputs import speeches
-from arc_ds.errors import ArcError, DataError
-from arc_ds.system.user_paths import path_argument
+from arc_ds.errors import DataError
 
 _VERSIONS = ("torch", "fastapi", "uvicorn", "aiohttp")
 WAYS = ("text", "new", "cached")
@@ -81,46 +78,24 @@ class Reply(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=path_argument, required=True, help="an export")
-    parser.add_argument("--decoder", type=path_argument, required=True, help="its decoder")
-    parser.add_argument("--text", type=path_argument, help="text file to take documents from")
-    parser.add_argument("--characters", type=int, default=1500, help="characters of a document (default 1500)")
+    parser = model_parser(__doc__ or "", characters=1500)
     parser.add_argument("--requests", type=int, default=64, help="requests of each way (default 64)")
     parser.add_argument("--clients", type=int, default=8, help="clients at the same time (default 8)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer (default 16)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in the server (default 1)")
-    parser.add_argument("--dtype", default="float32", help="dtype of weights (default float32)")
-    parser.add_argument("--out", type=path_argument, help="CSV file to append the rows to")
-    args = parser.parse_args()
-    try:
-        rows = measure(args)
-    except ArcError as error:
-        print(f"bench_serve: {error}", file=sys.stderr)
-        return 2
-    for row in rows:
-        print(shown(row))
-    if args.out is not None:
-        append(args.out, rows)
-    return 0
+    return run(measure, parser.parse_args())
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """The rows of all ways."""
-    documents = read_documents(args)
+    """The rows of all ways. Each is printed when it is measured."""
+    documents = cut_documents(args, args.requests + 1)
+    rows = []
     with running_server(args) as url:
         asyncio.run(ask_all(url, [prompt(documents[0], "text")], args))  # warm-up
-        return [measure_way(url, way, documents[1:], args) for way in WAYS]
-
-
-def read_documents(args: argparse.Namespace) -> list[str]:
-    """A document for each request, and one more. DataError if the text is too short."""
-    files = [args.text] if args.text else chain(*speeches())
-    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    documents = [text[start : start + args.characters] for start in range(0, len(text), args.characters)]
-    if len(documents) < args.requests + 2:
-        raise DataError(f"the text gives {len(documents)} documents; give a longer one, or lower --requests")
-    return documents[: args.requests + 1]
+        for way in WAYS:
+            rows.append(measure_way(url, way, documents[1:], args))
+            print(shown(rows[-1]))
+    return rows
 
 
 @contextmanager
@@ -159,7 +134,6 @@ def measure_way(url: str, way: str, documents: Sequence[str], args: argparse.Nam
     if cached != (len(replies) if way == "cached" else 0):
         raise DataError(f"{cached} of {len(replies)} documents were in the cache, which does not fit the way {way!r}")
     firsts = [1000 * reply.first_s for reply in replies]
-    options = f"--characters {args.characters} --requests {args.requests} --clients {args.clients}"
     return Row(
         way=way,
         requests_per_s=round(len(replies) / seconds, 2),
@@ -173,8 +147,7 @@ def measure_way(url: str, way: str, documents: Sequence[str], args: argparse.Nam
         threads=args.threads,
         load=round(os.getloadavg()[0], 2),
         **origin(_VERSIONS),
-        command=f"python tools/bench_serve.py --model {args.model.name} --decoder {args.decoder.name} {options} "
-        f"--tokens {args.tokens} --threads {args.threads} --dtype {args.dtype}",
+        command=command_line(),
     )
 
 

@@ -25,6 +25,7 @@ from arc_ds.evaluation.task import EvalTask
 from arc_ds.system import dist
 
 _MAX_NAMED = 5
+_MIN_GROUP = 8  # prompts: smaller batches cost more than reading their examples again
 CUT = "cut_document_characters"  # in `Prediction.lengths`
 
 
@@ -140,7 +141,8 @@ def make_plan(
 ) -> EvalPlan:
     """Plan the batches: by system and task in the config's order, then by rows (the longest first), then by id.
 
-    The longest batch comes first, so a lack of memory shows at once. A prompt of a "long" task that exceeds the
+    Prompts with the same in-context examples stand in consecutive batches, which read the examples once. The longest
+    batch comes first, so a lack of memory shows at once. A prompt of a "long" task that exceeds the
     system's window is shortened by `protocol.truncation`. Other prompts that exceed it are left out and counted.
 
     arc_names: names of the ARC systems, which keep the head of a document under `truncation: reference`.
@@ -168,7 +170,8 @@ def make_plan(
                 else:
                     planned.append(found)
             planned.sort(key=lambda each: (-each.rows, each.prompt.sample.id))
-            batches += [Batch(system.name, loaded.task.name, each) for each in _grouped(planned, max_batch_rows)]
+            for group in _by_examples(planned):
+                batches += [Batch(system.name, loaded.task.name, each) for each in _grouped(group, max_batch_rows)]
     return EvalPlan(batches=tuple(batches), too_long=too_long)
 
 
@@ -190,6 +193,16 @@ def _fit(prompt: EvalPrompt, place: int, system: System, task: EvalTask, kept: P
         return None
     shorter, num_cut = found
     return PlannedPrompt(shorter, place, system.num_rows(shorter) + answer, num_cut)
+
+
+def _by_examples(planned: Sequence[PlannedPrompt]) -> list[list[PlannedPrompt]]:
+    """The prompts by their in-context examples. Those whose examples few prompts have are one group."""
+    counts = Counter(each.prompt.examples for each in planned)
+    groups: defaultdict[tuple[str | Document, ...], list[PlannedPrompt]] = defaultdict(list)
+    for each in planned:
+        examples = each.prompt.examples
+        groups[examples if counts[examples] >= _MIN_GROUP else ()].append(each)
+    return list(groups.values())
 
 
 def _grouped(planned: Sequence[PlannedPrompt], max_rows: int) -> Iterator[tuple[PlannedPrompt, ...]]:

@@ -11,7 +11,7 @@ documents of examples that are not stripped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from arc_ds.data.order.randomness import permutation, random_words
@@ -72,16 +72,16 @@ def make_prompts(
     stop = task.stop
     if task.layout == "long" and not protocol.stop_at_blank_line:  # the reference does not cut long-context answers
         stop = tuple(text for text in stop if text != _BETWEEN)
-    write = _long_parts if task.layout == "long" else _block_parts
-    return [
-        EvalPrompt(
-            sample=test.sample,
-            parts=_joined(write(task, test, protocol, uses_documents, width)),
-            max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            stop=stop,
+    write = _long_parts if task.layout == "long" else _block
+    most = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    prompts = []
+    for test in chosen:
+        blocks = _example_parts(task, test.examples, protocol, uses_documents, width)
+        parts = _joined((*blocks, *write(task, test.sample, uses_documents, width)))
+        prompts.append(
+            EvalPrompt(sample=test.sample, parts=parts, max_new_tokens=most, stop=stop, examples=_joined(blocks))
         )
-        for test in chosen
-    ]
+    return prompts
 
 
 class PromptPlan(NamedTuple):
@@ -217,15 +217,15 @@ def _check_number(task: EvalTask, available: int, wanted: int) -> None:
         )
 
 
-def _block_parts(
-    task: EvalTask, test: PromptPlan, protocol: Protocol, uses_documents: bool, num_passages: int | None
-) -> Iterator[str | Document]:
+def _example_parts(
+    task: EvalTask, examples: Sequence[EvalSample], protocol: Protocol, uses_documents: bool, num_passages: int | None
+) -> list[str | Document]:
     seam = _BETWEEN if uses_documents else protocol.closed_book_seam
-    for idx, example in enumerate(test.examples):
-        yield from _block(task, example, uses_documents, num_passages)
-        yield f" {example.references[0]}"
-        yield seam if idx == len(test.examples) - 1 else _BETWEEN
-    yield from _block(task, test.sample, uses_documents, num_passages)
+    parts: list[str | Document] = []
+    for idx, example in enumerate(examples):
+        parts += _block(task, example, uses_documents, num_passages)
+        parts += [f" {example.references[0]}", seam if idx == len(examples) - 1 else _BETWEEN]
+    return parts
 
 
 def _block(
@@ -242,16 +242,16 @@ def _block(
 
 
 def _long_parts(
-    task: EvalTask, test: PromptPlan, protocol: Protocol, uses_documents: bool, num_passages: int | None
+    task: EvalTask, sample: EvalSample, uses_documents: bool, num_passages: int | None
 ) -> Iterator[str | Document]:
     document, question, answer = task.labels
     if uses_documents:
         yield f"{document}:\n"
-        yield _document(test.sample, num_passages)
+        yield _document(sample, num_passages)
         yield _BETWEEN
-    yield (test.sample.instruction.strip() or task.instruction) + _BETWEEN
-    if test.sample.question:
-        yield f"{question}: {test.sample.question}\n"
+    yield (sample.instruction.strip() or task.instruction) + _BETWEEN
+    if sample.question:
+        yield f"{question}: {sample.question}\n"
     yield f"{answer}:"
 
 
@@ -260,7 +260,7 @@ def _document(sample: EvalSample, num_passages: int | None) -> Document:
     return Document("\n".join(passage.strip() for passage in sample.passages[:num_passages]))
 
 
-def _joined(parts: Iterator[str | Document]) -> tuple[str | Document, ...]:
+def _joined(parts: Iterable[str | Document]) -> tuple[str | Document, ...]:
     """The parts with neighbouring texts joined."""
     joined: list[str | Document] = []
     for part in parts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -21,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from arc_ds.config.load import differences, flatten_tree
-from arc_ds.errors import ConfigError, DataError, LostRankError
+from arc_ds.errors import ConfigError, DataError, LostRankError, OutOfMemoryError, words_of
 from arc_ds.evaluation.config import EvalConfig, as_tree
 from arc_ds.evaluation.metrics import Answer as ScoredAnswer
 from arc_ds.evaluation.metrics import metrics_of, sample_stats, score_of
@@ -31,7 +32,7 @@ from arc_ds.evaluation.results import PREDICTIONS, RUN, TIMES, Prediction, data_
 from arc_ds.evaluation.systems import KINDS
 from arc_ds.evaluation.systems.kind import SystemSettings
 from arc_ds.evaluation.systems.served import in_order_of_end, offers_nll
-from arc_ds.evaluation.systems.system import KeepsWork, System
+from arc_ds.evaluation.systems.system import AnswerNll, System
 from arc_ds.system import dist
 from arc_ds.system.device import select_device
 from arc_ds.system.files import output, write_whole
@@ -88,7 +89,7 @@ def run_evaluation(config: EvalConfig) -> Path:
     mine = [number for number in range(rank, len(plan.batches), num_ranks) if number not in done]
     if mine or rank == 0:
         with opened_part(folder, rank, num_ranks) as file:
-            _answer(config, plan, systems, mine, file, digest, Progress(len(done), [plan.batches[n] for n in mine]))
+            _answer(config, plan, systems, mine, file, run, Progress(len(done), [plan.batches[n] for n in mine]))
             if rank == 0:
                 _wait_for_all(folder, plan, digest, num_ranks, config.wait_s)
                 _merge(folder, plan, digest, run)
@@ -109,25 +110,31 @@ def _answer(
     systems: Sequence[System],
     numbers: Sequence[int],
     file: BinaryIO,
-    digest: str,
+    run: Mapping[str, Any],
     progress: Progress,
 ) -> None:
     """Answer the batches of this rank, by number, and append each to its part file."""
-    by_name = {system.name: (system, str(system.describe().get("decoder", ""))) for system in systems}
-
-    def answer(number: int) -> tuple[Prediction, ...]:
-        batch = plan.batches[number]
-        system, decoder = by_name[batch.system]
-        nll = config.nll and offers_nll(system)
-        return answer_batch(system, batch, decoder=decoder, nll=nll, seed=config.seed)
+    by_name = {system.name: system for system in systems}
 
     def system_of(number: int) -> System:
-        return by_name[plan.batches[number].system][0]
+        return by_name[plan.batches[number].system]
+
+    def answer(number: int) -> tuple[Prediction, ...]:
+        batch, system = plan.batches[number], system_of(number)
+        decoder, nll = str(run["systems"][system.name].get("decoder", "")), config.nll and offers_nll(system)
+        try:
+            return answer_batch(system, batch, decoder=decoder, nll=nll, seed=config.seed)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemoryError(
+                f"{system.name}, {batch.task}: a batch of {len(batch.prompts)} samples ({batch.rows:,} rows) exceeds "
+                f"the memory: {words_of(error).rstrip('.')}. Lower max_batch_rows (now {config.max_batch_rows:,}) and "
+                "give another output folder."
+            ) from error
 
     started = time.perf_counter()
     with closing(in_order_of_end(numbers, system_of, lambda n: len(plan.batches[n].prompts), answer)) as answered:
         for number, predictions in answered:
-            append(file, FinishedBatch(digest, number, time.perf_counter() - started, predictions))
+            append(file, FinishedBatch(run["plan_digest"], number, time.perf_counter() - started, predictions))
             progress.add(plan.batches[number], predictions)
             started = time.perf_counter()
     progress.close()
@@ -137,17 +144,24 @@ def answer_batch(system: System, batch: Batch, *, decoder: str, nll: bool, seed:
     """The predictions of a system for one batch.
 
     decoder: name of the decoder, for the record.
-    nll: whether to compute the NLL of each sample's first reference.
+    nll: whether to compute the NLL of each sample's first reference. A reference without tokens has none.
     seed: of the evaluation.
+
+    Raises DataError if an NLL is not finite.
     """
     prompts = [each.prompt for each in batch.prompts]
-    if isinstance(system, KeepsWork):
-        system.forget()
     answers = system.answer(prompts)
-    nlls = system.answer_nll(prompts, [prompt.sample.references[0] for prompt in prompts]) if nll else None
+    nlls: Sequence[AnswerNll | None] = [None] * len(prompts)
+    if nll:
+        nlls = system.answer_nll(prompts, [prompt.sample.references[0] for prompt in prompts])
     predictions = []
-    for idx, (planned, answer) in enumerate(zip(batch.prompts, answers, strict=True)):
+    for planned, answer, found in zip(batch.prompts, answers, nlls, strict=True):
         sample = planned.prompt.sample
+        if found is not None and not math.isfinite(found.nats):
+            raise DataError(
+                f"{system.name}, {sample.task}: the NLL of {sample.id} is {found.nats}. The weights are damaged, or "
+                "values exceed float16: set dtype to bfloat16 or float32."
+            )
         predictions.append(
             Prediction(
                 id=sample.id,
@@ -162,7 +176,7 @@ def answer_batch(system: System, batch: Batch, *, decoder: str, nll: bool, seed:
                 raw=answer.raw,
                 stop=answer.stop,
                 lengths={**answer.lengths, **({CUT: planned.num_cut} if planned.num_cut else {})},
-                nll=None if nlls is None else {"nats": nlls[idx].nats, "tokens": nlls[idx].tokens},
+                nll={"nats": found.nats, "tokens": found.tokens} if found is not None and found.tokens else None,
                 prompt_sha=prompt_sha(planned.prompt),
                 seed=seed,
                 others={"question": sample.question},
@@ -247,6 +261,7 @@ def _wait_for_all(folder: Path, plan: EvalPlan, digest: str, num_ranks: int, wai
     sizes: dict[Path, int] = {}
     last = said = time.monotonic()
     while missing := wanted - _finished(folder, digest):
+        time.sleep(time.monotonic() - last)  # as long as reading the parts took: they may be large
         while (now := {path: path.stat().st_size for path in part_paths(folder)}) == sizes:
             ranks = sorted({number % num_ranks for number in missing})
             words = (

@@ -49,9 +49,11 @@ class EvalPrompt:
         to in-context examples. Closed-book prompts have none.
     max_new_tokens: limit of the answer.
     stop: texts that end the answer; they are not part of it.
+    examples: the texts and documents of the in-context examples, with which `parts` begin.
     """
 
     sample: EvalSample
     parts: tuple[str | Document, ...]
     max_new_tokens: int
     stop: tuple[str, ...]
+    examples: tuple[str | Document, ...] = ()

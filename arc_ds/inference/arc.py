@@ -160,7 +160,7 @@ class ArcModel:
         folder = open_arc_folder(Path(arc_dir), None if encoder_backbone is None else Path(encoder_backbone))
         spec, tensors = folder.spec, folder.tensors
         if pooling_factor is not None:
-            spec = _with_factor(spec, pooling_factor)
+            spec = with_factor(spec, pooling_factor)
         if memory_tokens is not None:
             spec = _with_memory_tokens(spec, memory_tokens)
             tensors = use_memory_tokens(tensors, memory_tokens)
@@ -499,7 +499,8 @@ class ArcModel:
         return Segment.context(ids, marker)
 
 
-def _with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
+def with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
+    """The spec with another factor of the last pooled layer. Raises ConfigError if it cannot have one."""
     if not spec.rules:
         raise ConfigError(
             f"pooling_factor is {factor}, but only pooled layers have one; this one has {spec.memory_tokens} memory "

@@ -213,5 +213,5 @@ def _check_memory(decoder: FrozenDecoder, batch: PackedBatch, max_new_tokens: in
         raise ConfigError(
             f"keys and values of {num_sequences} prompts of up to {prompt_rows:,} tokens and max_new_tokens "
             f"{max_new_tokens:,} take {needed / GIB:.1f} GiB; {usable / GIB:.1f} GiB can be used. Lower "
-            "max_new_tokens, or generate fewer or shorter prompts at once."
+            "max_new_tokens, or generate fewer or shorter prompts at once (max_batch_rows of an evaluation)."
         )

@@ -262,7 +262,8 @@ class DecoderReader:
         for part in found:
             if isinstance(part, TokenIds):
                 check_ids("decoder", part, self.decoder.vocab_size)
-        return found
+        device, dtype = self.device, self.dtype  # stored vectors may be on the CPU, in another dtype
+        return [part.to(device, dtype) if isinstance(part, Tensor) else part for part in found]
 
     def generate(
         self,
@@ -295,15 +296,17 @@ class DecoderReader:
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         max_rows: int | None = None,
+        max_shared: int | None = None,
     ) -> list[Answer]:
         """Continue prompts that are rows already, and end at every stop.
 
         stop: texts that end a continuation, or names of special tokens.
         stop_ids: ids that end a continuation besides those of the decoder's files.
+        max_rows, max_shared: see `continue_rows`.
         """
         tokenizer = self.needed_tokenizer()
         texts, ends = self._ends(stop, stop_ids)
-        # A token has at least one byte, but the window may begin inside a character.
+        # A token has at least one byte. Sentencepiece drops a space with which the window begins.
         window = max((len(text.encode()) for text in texts), default=0) + 4
 
         def has_stopped(_idx: int, line: list[int]) -> bool:
@@ -317,6 +320,7 @@ class DecoderReader:
             sampling=sampling,
             has_ended=has_stopped if texts else None,
             max_rows=max_rows,
+            max_shared=max_shared,
         )
         raws = [tokenizer.decode(line.ids) for line in lines]
         return [
@@ -344,6 +348,7 @@ class DecoderReader:
         sampling: Sampling | None = None,
         has_ended: Callable[[int, list[int]], bool] | None = None,
         max_rows: int | None = None,
+        max_shared: int | None = None,
     ) -> list[Continuation]:
         """Continue each prompt with new tokens. No stops but `stop_ids` and `has_ended`.
 
@@ -355,6 +360,8 @@ class DecoderReader:
             ends it.
         max_rows: largest batch: sequences times the rows of the longest one with its new tokens, without shared rows.
             None: half of the memory for keys and values, and at most 16384 rows.
+        max_shared: most rows that are read once. With it, their number depends on the prompts alone. None: as many as
+            are worth it, which also depends on the rows that the last call left.
 
         Raises ConfigError on an invalid number, or if a sequence does not fit into memory.
         """
@@ -364,7 +371,7 @@ class DecoderReader:
             return []
         max_len = max(map(num_rows, prompts)) + max(limits)
         self.warn_of_length(max_len - max(limits), max(limits))
-        shared, num_shared = self._read_shared(prompts, max_len)
+        shared, num_shared = self._read_shared(prompts, max_len, max_shared)
         lengths = [num_rows(prompt) - num_shared + max(limits) for prompt in prompts]
         choose = Chooser(sampling or Sampling(), self.device)
         found: list[Continuation] = []
@@ -384,12 +391,18 @@ class DecoderReader:
         return found
 
     @torch.no_grad()
-    def nll_rows(self, prompts: Sequence[Rows], answers: Sequence[TokenIds], max_rows: int | None = None) -> list[Nll]:
+    def nll_rows(
+        self,
+        prompts: Sequence[Rows],
+        answers: Sequence[TokenIds],
+        max_rows: int | None = None,
+        max_shared: int | None = None,
+    ) -> list[Nll]:
         """NLL of each answer after its prompt. Logits are made at the rows that predict an answer only.
 
         prompts: results of `rows`.
         answers: tokens of each answer. An answer without tokens has the NLL 0 of 0 tokens.
-        max_rows: see `continue_rows`.
+        max_rows, max_shared: see `continue_rows`.
         """
         self.check_whole()
         for answer in answers:
@@ -398,7 +411,7 @@ class DecoderReader:
         if not whole:
             return []
         self.warn_of_length(max(map(num_rows, whole)), 0)
-        shared, num_shared = self._read_shared(prompts, None)
+        shared, num_shared = self._read_shared(prompts, None, max_shared)
         lengths = [num_rows(rows) - num_shared for rows in whole]
         found: list[Nll] = []
         for indices, rows in self._batches(whole, num_shared, lengths, max_rows):
@@ -431,18 +444,29 @@ class DecoderReader:
         rows = [self.rows(parts, idx) for idx, (parts, _) in enumerate(read)]
         return self.nll_rows(rows, [ids for _, ids in read], max_rows)
 
-    def _read_shared(self, prompts: Sequence[Rows], max_len: int | None) -> tuple[SharedRows | None, int]:
+    def _read_shared(
+        self, prompts: Sequence[Rows], max_len: int | None, most: int | None = None
+    ) -> tuple[SharedRows | None, int]:
         """(the rows with which all prompts begin, their number) if reading them apart saves enough; else (None, 0).
 
         Those of the last call are kept: the batches of an evaluation begin with the same examples.
+
+        most: see `continue_rows`.
         """
-        count, kept = num_common_rows(prompts), self._kept
-        # Reading new shared rows costs `count` rows; with the kept ones each prompt reads those that they lack.
-        if kept is not None and kept.fits(prompts, max_len) and len(prompts) * (count - kept.shared.num_rows) <= count:
+        kept, count = self._kept, num_common_rows(prompts)
+        if most is None:
+            # Reading new shared rows costs `count` rows; with the kept ones each prompt reads those that they lack.
+            is_useful = kept is not None and len(prompts) * (count - kept.shared.num_rows) <= count
+            num_saved = count * (len(prompts) - 1)
+        else:
+            count = num_saved = min(count, most)
+            is_useful = kept is not None and kept.shared.num_rows == count
+        if kept is not None and is_useful and kept.fits(prompts, max_len):
             return kept.shared, kept.shared.num_rows
-        if count * (len(prompts) - 1) < _MIN_SAVED_ROWS:
+        if num_saved < _MIN_SAVED_ROWS:
             return None, 0
-        rows = rows_before(prompts[0], count)
+        # A copy: the caller may write to its vectors before the next call.
+        rows = [part.clone() if isinstance(part, Tensor) else part for part in rows_before(prompts[0], count)]
         batch, z_ZD = pack_rows([rows], self.device, self.dtype)
         shared = self.decoder.read_shared(batch, z_ZD, max_len)
         if shared is None:

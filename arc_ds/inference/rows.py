@@ -36,16 +36,14 @@ def joined(prompt: Rows) -> list[TokenIds | Tensor]:
 
 
 def num_common_rows(prompts: Sequence[Rows]) -> int:
-    """Length of the longest common prefix of joined prompts that leaves each of them a row; 0 for fewer than two.
+    """Length of the longest common prefix of joined prompts, at least one, that leaves each of them a row.
 
     Vectors are the same if their values are. Vectors that differ anywhere end the prefix before their first row: those
     of a bidirectional encoder differ in all rows.
     """
-    if len(prompts) < 2:
-        return 0
     first, *others = prompts
     shortest = min(map(num_rows, prompts))
-    return min(shortest - 1, *(_num_common(first, other) for other in others))
+    return min([shortest - 1, *(_num_common(first, other) for other in others)])
 
 
 def _num_common(first: Rows, second: Rows) -> int:
@@ -98,7 +96,7 @@ def rows_after(prompt: Rows, place: int) -> list[TokenIds | Tensor]:
 def pack_rows(prompts: Sequence[Rows], device: torch.device, dtype: torch.dtype) -> tuple[PackedBatch, Tensor | None]:
     """(the batch for a decoder, its vectors [Z, D]; None if there are none).
 
-    The batch has no encoder tokens to read: a vector stands where a context of one token and no pooling would.
+    The batch has no encoder tokens to read: a vector takes the place of a context of one token without pooling.
 
     dtype: of the vectors.
     """

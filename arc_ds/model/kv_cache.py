@@ -208,7 +208,8 @@ class KVCache:
         sequences: places of the sequences that stay, int64, ascending.
         """
         self.lengths_B = self.lengths_B[sequences]
-        self.layers = [KeysValues(*(x.index_select(0, sequences) for x in layer)) for layer in self.layers]
+        for idx, layer in enumerate(self.layers):  # layer by layer, so two copies of the cache never exist
+            self.layers[idx] = KeysValues(*(x.index_select(0, sequences) for x in layer))
 
 
 def prompt_rows(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from arc_ds.batch.segments import Marker
 from arc_ds.config.schema import RunConfig
@@ -19,8 +20,8 @@ from arc_ds.evaluation.scoring import by_task, seed_scores, task_stats
 from arc_ds.evaluation.systems.decoder_system import ArcSystem
 from arc_ds.evaluation.systems.kind import SystemSettings
 from arc_ds.inference.arc import ArcModel
+from arc_ds.inference.decoder_files import find_max_positions, find_stop_ids
 from arc_ds.inference.reader import DecoderReader
-from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.system import dist
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.training.build_model import tokenizer_path
@@ -39,17 +40,17 @@ class Evaluator:
     config: of the evaluation. Its systems, output, device and dtype are not used.
     tasks: its tasks.
     encoder_tokenizer: of the encoder.
-    decoder_tokenizers: one for each trained decoder.
-    bos: whether prompts begin with the decoder's begin-of-text token, as in training.
+    readers: for each trained decoder, the fields of its `DecoderReader` that its files give.
     max_context_tokens: longest context in training.
+    chunk_tokens: see `ArcSystem`; the largest chunk of a source of long contexts, if there is one.
     """
 
     config: EvalConfig
     tasks: Sequence[LoadedTask]
     encoder_tokenizer: Tokenizer
-    decoder_tokenizers: Sequence[Tokenizer]
-    bos: bool
+    readers: Sequence[Mapping[str, Any]]
     max_context_tokens: int
+    chunk_tokens: int | None
 
     @property
     def fingerprint(self) -> str:
@@ -87,16 +88,21 @@ class Evaluator:
 
     def _answer(self, run: Run, turns: Lockstep) -> Iterator[Prediction]:
         """The predictions of this rank."""
+        readers = [
+            DecoderReader(decoder=decoder, name=name, **fields)
+            for decoder, name, fields in zip(turns.decoders, run.decoder_names, self.readers, strict=True)
+        ]
         model = ArcModel(
             run.spec,
             turns.compressor,
-            self._readers(run, turns.decoders),
+            readers,
             encoder_tokenizer=self.encoder_tokenizer,
             max_context_tokens=self.max_context_tokens,
         )
         marker: Marker | None = "cont" if "cont" in run.spec.markers else None
+        options: dict[str, Any] = {"marker": marker, "chunk_tokens": self.chunk_tokens}
         systems = {
-            name: ArcSystem(name, model, self._settings(run, name), decoder_idx=idx, marker=marker)
+            name: ArcSystem(name, model, self._settings(run, name), decoder_idx=idx, **options)
             for idx, name in enumerate(run.decoder_names)
         }
         plan = self._plan(list(systems.values()))
@@ -119,12 +125,6 @@ class Evaluator:
             for task, ids in tasks.items():
                 logger.warning("evaluation, %s, %s: %d samples are too long and left out", system, task, len(ids))
         return plan
-
-    def _readers(self, run: Run, decoders: Sequence[FrozenDecoder]) -> list[DecoderReader]:
-        return [
-            DecoderReader(decoder=decoder, tokenizer=tokenizer, bos=self.bos, name=name)
-            for decoder, tokenizer, name in zip(decoders, self.decoder_tokenizers, run.decoder_names, strict=True)
-        ]
 
     def _settings(self, run: Run, name: str) -> SystemSettings:
         protocol = self.config.protocol.protocol
@@ -149,11 +149,18 @@ def open_evaluator(config: RunConfig, readers: Sequence[ReaderFiles]) -> Evaluat
     if config.evaluation is None:
         return None
     wanted = load_eval_config(config.evaluation.config, needs_systems=False)
+    opened = []
+    for decoder, files in zip(config.trained_decoders.values(), readers, strict=True):
+        path, tokenizer = Path(decoder.backbone), files.load().tokenizer
+        ends = {"stop_ids": find_stop_ids(path, tokenizer), "max_positions": find_max_positions(path)}
+        opened.append({"tokenizer": tokenizer, "bos": config.data.decoder_bos, **ends})
     return Evaluator(
         config=wanted,
         tasks=[load_task(task, wanted.protocol.protocol) for task in wanted.tasks],
         encoder_tokenizer=load_tokenizer(tokenizer_path(config.encoder)),
-        decoder_tokenizers=[files.load().tokenizer for files in readers],
-        bos=config.data.decoder_bos,
+        readers=opened,
         max_context_tokens=config.data.max_context_tokens,
+        chunk_tokens=max(
+            (each.chunk_tokens for each in config.data.sources if each.task == "long_context"), default=None
+        ),
     )

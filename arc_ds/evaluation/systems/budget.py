@@ -12,8 +12,11 @@ import bm25s
 import numpy as np
 
 from arc_ds.batch.packing import num_outputs
-from arc_ds.batch.segments import Marker
-from arc_ds.errors import TokenizerError
+from arc_ds.batch.segments import Marker, TokenIds
+from arc_ds.data.tasks.contexts import EncodedText, cut_chunks
+from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.errors import DataError, TokenizerError
+from arc_ds.inference.arc import with_factor
 from arc_ds.inference.load import load_encoder_tokenizer, open_arc_folder
 from arc_ds.tokenizers import Tokenizer
 
@@ -21,28 +24,53 @@ Part = Literal["head", "tail", "middle"]
 # Decoder tokens that a document may take.
 Budget = Callable[[str], int]
 
+_MERGED_TOKENS = 4  # at the two ends of a sentence
 _WORDS = re.compile(r"\w+")
 _SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
-def rows_of_arc(arc_dir: Path, encoder_backbone: Path | None = None, marker: Marker | None = "cont") -> Budget:
-    """The budget that gives each document as many rows as an ARC-Encoder makes of it, with its marker.
+def rows_of_arc(
+    arc_dir: Path,
+    encoder_backbone: Path | None = None,
+    marker: Marker | None = "cont",
+    *,
+    pooling_factor: int | None = None,
+    chunk_tokens: int | None = None,
+) -> Budget:
+    """The budget that gives each document as many rows as an ARC-Encoder makes of it, with its markers.
 
     arc_dir: an export or checkpoint. Its weights are not read.
-    encoder_backbone: see `ArcModel.from_checkpoint`.
+    encoder_backbone, pooling_factor: see `ArcModel.from_checkpoint`.
+    chunk_tokens: see `chunk_ids`.
 
     Raises WeightsError if the folder is neither, and TokenizerError if it has no tokenizer.
     """
     folder = open_arc_folder(arc_dir, encoder_backbone)
-    tokenizer, packing = load_encoder_tokenizer(folder, arc_dir), folder.spec.packing
+    tokenizer = load_encoder_tokenizer(folder, arc_dir)
+    packing = (folder.spec if pooling_factor is None else with_factor(folder.spec, pooling_factor)).packing
     if tokenizer is None:
         raise TokenizerError(f"{arc_dir} has no tokenizer of its encoder. Give the encoder's backbone folder.")
 
     def rows(text: str) -> int:
-        lengths = np.array([len(tokenizer.encode(text))], dtype=np.int64)
-        return int(num_outputs(lengths, packing)[0]) + (marker is not None)
+        lengths = np.array([len(ids) for ids in chunk_ids(text, tokenizer, chunk_tokens)], dtype=np.int64)
+        return int(num_outputs(lengths, packing).sum()) + len(lengths) * (marker is not None)
 
     return rows
+
+
+def chunk_ids(text: str, encoder: Tokenizer, chunk_tokens: int | None) -> list[TokenIds]:
+    """The encoder tokens of a document in chunks, which are cut as in training (`cut_chunks`).
+
+    chunk_tokens: most tokens of a chunk; None: one chunk.
+
+    Raises DataError if the document has no token.
+    """
+    encoding = encoder.encode_with_ends(text)
+    total = len(encoding.ids)
+    if not total:
+        raise DataError(f"the document {text!r} has no token, so it cannot be compressed. Remove its sample.")
+    limits = TaskLimits(chunk_tokens=chunk_tokens or total, max_chunks=total)
+    return [chunk.ids for chunk in cut_chunks(EncodedText(text, encoding, None), 0, total, limits)[0]]
 
 
 def cut_to(text: str, num_tokens: int, part: Part, tokenizer: Tokenizer) -> str:
@@ -60,7 +88,8 @@ def cut_to(text: str, num_tokens: int, part: Part, tokenizer: Tokenizer) -> str:
 def choose_sentences(text: str, query: str, num_tokens: int, tokenizer: Tokenizer) -> str:
     """Sentences of a text with at most so many tokens, in the order of the text.
 
-    They are taken by their BM25 score for the query, each if it still fits; equal scores go in the order of the text.
+    Sentences with high BM25 scores for the query come first, and those that no longer fit are left out. Equal scores go
+    in the order of the text.
     If none fits, the best sentence is cut at its end.
     """
     sentences = split_sentences(text)
@@ -68,10 +97,15 @@ def choose_sentences(text: str, query: str, num_tokens: int, tokenizer: Tokenize
         return text
     order = np.argsort(-_scores(sentences, query), kind="stable").tolist()
     chosen: list[int] = []
+    num_chosen = 0
     for place in order:
+        # A sentence may have fewer tokens within the text than alone.
+        if num_chosen + len(tokenizer.encode(sentences[place])) > num_tokens + _MERGED_TOKENS:
+            continue
         longer = sorted([*chosen, place])
-        if len(tokenizer.encode(_joined(sentences, longer))) <= num_tokens:
-            chosen = longer
+        num_longer = len(tokenizer.encode(_joined(sentences, longer)))
+        if num_longer <= num_tokens:
+            chosen, num_chosen = longer, num_longer
     return _joined(sentences, chosen) if chosen else cut_to(sentences[order[0]].strip(), num_tokens, "head", tokenizer)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from arc_ds.config.schema import PathText
 from arc_ds.data.order.randomness import random_words
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.sample import Document, EvalPrompt
-from arc_ds.evaluation.systems.budget import Budget, Part, choose_sentences, cut_to, rows_of_arc
+from arc_ds.evaluation.systems.budget import Budget, Part, choose_sentences, chunk_ids, cut_to, rows_of_arc
 from arc_ds.evaluation.systems.kind import SystemKind, SystemSettings
 from arc_ds.evaluation.systems.served import ServedReader, ServerSection, open_text_reader, open_vector_reader
 from arc_ds.evaluation.systems.system import Answer, AnswerNll
@@ -35,6 +37,7 @@ from arc_ds.model.weights.hf_config import RopeScalingChoice
 
 _SAMPLED_TASK = "govreport"  # of the reference's protocol
 _NUM_KEPT = 4096  # token counts of texts
+_ANY_NUMBER = 2**31 - 1
 
 
 class DecoderSystem(ABC):
@@ -79,20 +82,22 @@ class DecoderSystem(ABC):
         return _rows_of(self._read(self.parts(prompt))[0])
 
     def answer(self, prompts: Sequence[EvalPrompt]) -> list[Answer]:
-        """See `System`. Prompts with the same examples share the work on these."""
+        """See `System`. If all prompts have the same examples, the work on these is done once and kept."""
         read = [self._read(parts)[0] for parts in self._all_parts(prompts)]
         groups: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
         for idx, prompt in enumerate(prompts):
             # A sampled answer is drawn alone, so that it does not depend on its batch.
             alone = idx if self._is_sampled(prompt) else None
             groups.setdefault((prompt.stop, alone), []).append(idx)
-        found: dict[int, Answer] = {}
+        num_shared, found = self._num_shared(prompts), dict[int, Answer]()
         for (stop, alone), members in groups.items():
             answers = self.reader.answer_rows(
                 [self.reader.rows(read[idx], idx) for idx in members],
                 max_new_tokens=[prompts[idx].max_new_tokens for idx in members],
                 stop=stop,
                 sampling=None if alone is None else self._sampling(prompts[alone]),
+                max_rows=_ANY_NUMBER,  # one batch, as planned
+                max_shared=num_shared,
             )
             for idx, each in zip(members, answers, strict=True):
                 lengths = self._lengths(prompts[idx], _rows_of(read[idx]), len(each.ids))
@@ -104,7 +109,18 @@ class DecoderSystem(ABC):
         both = zip(self._all_parts(prompts), answers, strict=True)
         read = [self._read(parts, _after(parts, answer)) for parts, answer in both]
         rows = [self.reader.rows(parts, idx) for idx, (parts, _) in enumerate(read)]
-        return [AnswerNll(*nll) for nll in self.reader.nll_rows(rows, [ids for _, ids in read])]
+        return self.reader.nll_rows(rows, [ids for _, ids in read], _ANY_NUMBER, self._num_shared(prompts))
+
+    def _num_shared(self, prompts: Sequence[EvalPrompt]) -> int:
+        """Rows of the in-context examples of all prompts; 0 if they differ.
+
+        The reader shares at most these rows, so what it shares depends on no earlier call.
+        """
+        examples = common_examples(prompts)
+        if not examples:
+            return 0
+        sample = replace(prompts[0].sample, question=None)
+        return self.num_rows(replace(prompts[0], sample=sample, parts=examples))
 
     def _all_parts(self, prompts: Sequence[EvalPrompt]) -> list[list[str | Vectors]]:
         return [self.parts(prompt) for prompt in prompts]
@@ -193,11 +209,13 @@ class TextSystem(DecoderSystem):
 class ArcSystem(DecoderSystem):
     """A system whose decoder reads documents as the vectors of an ARC-Encoder.
 
-    Vectors of in-context examples are kept for the next call, until `forget`.
+    Vectors of common in-context examples are kept for the next batch, and those of a batch for its NLL.
 
     model: encoder and decoder.
     decoder_idx: port of the decoder.
-    marker: marker after each document, or None.
+    marker: marker after each chunk, or None.
+    chunk_tokens: encoder tokens of a chunk. Longer documents are compressed in chunks, as in long-context training.
+        None: each document is one chunk.
     """
 
     def __init__(
@@ -208,21 +226,25 @@ class ArcSystem(DecoderSystem):
         *,
         decoder_idx: int = 0,
         marker: Marker | None = "cont",
+        chunk_tokens: int | None = None,
     ) -> None:
         super().__init__(name, model.readers[decoder_idx], settings, texts_apart=model.texts_apart)
         if model.encoder_tokenizer is None:
             raise ConfigError(f"{name}: the encoder has no tokenizer. Set encoder_backbone to a folder that has one.")
         model.check_port(decoder_idx, marker)
-        self.model, self._decoder_idx, self._marker = model, decoder_idx, marker
-        self._kept: dict[str, Tensor] = {}
+        self.model, self._marker, self._chunk_tokens = model, marker, chunk_tokens
         self._encoder_lock = Lock()  # of the threads that answer through a server
         encoder = model.encoder_tokenizer
-        self._num_encoder_tokens: Callable[[str], int] = lru_cache(_NUM_KEPT)(lambda text: len(encoder.encode(text)))
+        self._chunk_lengths: Callable[[str], list[int]] = lru_cache(_NUM_KEPT)(
+            lambda text: list(map(len, chunk_ids(text, encoder, chunk_tokens)))
+        )
+        # Of the examples and of the documents of the last batch. Not a method, because a cycle would hold the memory.
+        self._vectors = lru_cache(2)(partial(_compress, model, decoder_idx, marker, chunk_tokens))
 
     def forget(self) -> None:
         """See `KeepsWork`."""
         super().forget()
-        self._kept = {}
+        self._vectors.cache_clear()
 
     def parts(self, prompt: EvalPrompt) -> list[str | Vectors]:
         """Texts, and vectors without values in place of documents."""
@@ -235,39 +257,59 @@ class ArcSystem(DecoderSystem):
 
     def lengths_of_documents(self, prompt: EvalPrompt) -> dict[str, int]:
         """Encoder tokens, vectors and markers."""
-        documents = _documents(prompt)
+        chunks = [self._chunk_lengths(text) for text in _documents(prompt)]
         num_markers = int(self._marker is not None)
         return {
-            **_counts("document_encoder_tokens", map(self._num_encoder_tokens, documents)),
-            **_counts("vectors", (self._num_vectors(text) - num_markers for text in documents)),
-            **_counts("markers", (num_markers for _ in documents)),
+            **_counts("document_encoder_tokens", map(sum, chunks)),
+            **_counts("vectors", (sum(self.model.num_vectors(num, None) for num in line) for line in chunks)),
+            **_counts("markers", (num_markers * len(line) for line in chunks)),
         }
 
     def describe(self) -> Mapping[str, Any]:
         """See `System`."""
         return self._description(
-            "arc", checkpoint=model_digest(self.model), rules=str(self.model.spec.packing), marker=self._marker
+            "arc",
+            checkpoint=self._digest,
+            rules=str(self.model.spec.packing),
+            marker=self._marker,
+            chunk_tokens=self._chunk_tokens,
         )
 
+    @cached_property
+    def _digest(self) -> str:
+        return model_digest(self.model)
+
     def _num_vectors(self, text: str) -> int:
-        return self.model.num_vectors(self._num_encoder_tokens(text), self._marker)
+        return sum(self.model.num_vectors(num, self._marker) for num in self._chunk_lengths(text))
 
     def _all_parts(self, prompts: Sequence[EvalPrompt]) -> list[list[str | Vectors]]:
+        # Examples are compressed apart, so that their vectors depend on no other document of the batch.
+        examples = dict.fromkeys(part.text for part in common_examples(prompts) if isinstance(part, Document))
+        others = dict.fromkeys(text for prompt in prompts for text in _documents(prompt) if text not in examples)
         with self._encoder_lock:
-            if isinstance(self.reader, ServedReader):
-                self._kept = {}  # of a batch of another thread
-            return self._compressed(prompts)
-
-    def _compressed(self, prompts: Sequence[EvalPrompt]) -> list[list[str | Vectors]]:
-        documents = {prompt.sample.id: _documents(prompt) for prompt in prompts}
-        texts = list(dict.fromkeys(text for line in documents.values() for text in line))
-        new = [text for text in texts if text not in self._kept]
-        found = {**self._kept, **dict(zip(new, self.model.compress(new, self._decoder_idx, self._marker), strict=True))}
-        self._kept = {text: found[text] for line in documents.values() for text in line[:-1]}
+            found = {**self._vectors(tuple(examples)), **self._vectors(tuple(others))}
         return [
             [Vectors(found[part.text]) if isinstance(part, Document) else part for part in prompt.parts]
             for prompt in prompts
         ]
+
+
+def _compress(
+    model: ArcModel, decoder_idx: int, marker: Marker | None, chunk_tokens: int | None, texts: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The vectors of each text, [m, D]."""
+    encoder = model.encoder_tokenizer
+    assert encoder is not None
+    chunks = [chunk_ids(text, encoder, chunk_tokens) for text in texts]
+    vectors = model.compress(list(chain(*chunks)), decoder_idx, marker)
+    ends = list(accumulate(map(len, chunks), initial=0))
+    return {text: torch.cat(vectors[start:end]) for text, (start, end) in zip(texts, pairwise(ends), strict=True)}
+
+
+def common_examples(prompts: Sequence[EvalPrompt]) -> tuple[str | Document, ...]:
+    """The in-context examples of all prompts; none if they differ."""
+    examples = prompts[0].examples if prompts else ()
+    return examples if all(prompt.examples == examples for prompt in prompts) else ()
 
 
 def _documents(prompt: EvalPrompt) -> list[str]:
@@ -319,54 +361,93 @@ class DecoderSection:
 
     def open(self, settings: SystemSettings) -> DecoderReader:
         """Load the decoder. Systems of one evaluation share it, unless a server runs it."""
+        path, options = Path(self.decoder), (self.bos, self.rope_scaling, self.implementation)
         if self.server is not None:
-            return open_text_reader(
-                self.server,
-                Path(self.decoder),
-                bos=self.bos,
-                rope_scaling=self.rope_scaling,
-                implementation=self.implementation,
+            bos, scaling, implementation = options
+            return open_text_reader(self.server, path, bos=bos, rope_scaling=scaling, implementation=implementation)
+
+        def load() -> DecoderReader:
+            bos, scaling, implementation = options
+            reader = DecoderReader.open(
+                path, settings.device, settings.dtype, bos=bos, rope_scaling=scaling, implementation=implementation
             )
-        return _open(self.decoder, self.bos, self.rope_scaling, self.implementation, settings.device, settings.dtype)
+            _share_decoder(reader, path)
+            return reader
+
+        return _once(("reader", path, *options, settings.device, settings.dtype), load)
 
 
-@lru_cache(maxsize=1)
-def _open(
-    path: str,
-    bos: bool,
-    rope_scaling: RopeScalingChoice,
-    implementation: Implementation,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> DecoderReader:
-    reader = DecoderReader.open(path, device, dtype, bos=bos, rope_scaling=rope_scaling, implementation=implementation)
-    reader.name = Path(path).name
-    return reader
+# Weights take most of the memory, so systems that are alive at the same time share them.
+_alive: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
+T = TypeVar("T")
+
+
+def _once(key: Hashable, make: Callable[[], T]) -> T:
+    """The object that an earlier call made for this key, if it is still in use; else a new one."""
+    found: T | None = _alive.get(key)
+    if found is None:
+        found = _alive[key] = make()
+    return found
+
+
+def _share_decoder(reader: DecoderReader, path: Path) -> None:
+    """Name the reader after its file, and let it use the decoder of a system that has loaded the same one."""
+    decoder = reader.decoder
+    key = ("decoder", path, decoder.implementation, decoder.sizes, reader.device, reader.dtype)
+    reader.decoder, reader.name = _once(key, lambda: decoder), path.name
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortenedSection(DecoderSection):
+class CompressionSection:
+    """Keys of the compression by an ARC-Encoder."""
+
+    encoder_backbone: PathText | None = None
+    """Folder of the encoder's backbone, which checkpoints of the reference need."""
+    pooling_factor: Positive | None = None
+    """Replaces the factor of the last pooled layer. None: that of training."""
+    marker: Literal["cont", "rec", "none"] = "cont"
+    """Marker after each chunk of a document."""
+    chunk_tokens: Positive | None = None
+    """Encoder tokens of a chunk. Longer documents are compressed in chunks, as encoders of the task `long_context` read
+    them (1024). None: each document is one chunk."""
+
+    @property
+    def own_marker(self) -> Marker | None:
+        """The marker, or None."""
+        return None if self.marker == "none" else self.marker
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortenedSection(DecoderSection, CompressionSection):
     """Keys of a system that shortens each document. Exactly one of `tokens` and `like` is set."""
 
     tokens: Positive | None = None
     """Decoder tokens of each document."""
     like: PathText | None = None
-    """An export or ARC checkpoint: each document gets as many tokens as its vectors and marker take rows."""
-    encoder_backbone: PathText | None = None
-    """Folder of the encoder's backbone, which checkpoints of the reference need."""
+    """An export or ARC checkpoint: each document gets as many tokens as its vectors and markers take rows. Give the
+    other keys of the `arc` system, too (pooling_factor, marker, chunk_tokens)."""
 
     def budget(self, settings: SystemSettings) -> Budget:
         """The budget of each document. Raises ConfigError unless one of the two keys is set."""
         if (self.tokens is None) == (self.like is None):
             raise ConfigError(f"{settings.name}: set either `tokens` or `like`.")
         if self.like is not None:
-            return rows_of_arc(Path(self.like), None if self.encoder_backbone is None else Path(self.encoder_backbone))
+            return rows_of_arc(
+                Path(self.like),
+                None if self.encoder_backbone is None else Path(self.encoder_backbone),
+                self.own_marker,
+                pooling_factor=self.pooling_factor,
+                chunk_tokens=self.chunk_tokens,
+            )
         number = self.tokens or 0
         return lambda _text: number
 
     def description(self) -> dict[str, Any]:
         """The budget, for `describe`."""
-        return {"tokens": self.tokens} if self.like is None else {"like": self.like}
+        if self.like is None:
+            return {"tokens": self.tokens}
+        keys = ("like", "pooling_factor", "marker", "chunk_tokens")
+        return {key: getattr(self, key) for key in keys}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,7 +459,7 @@ class TruncatedSection(ShortenedSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArcSection:
+class ArcSection(CompressionSection):
     """Keys of `arc`."""
 
     model: PathText
@@ -387,12 +468,6 @@ class ArcSection:
     """Weights folders or .gguf files of its decoders, in the order of the ports, up to the one that answers."""
     decoder_idx: Count = 0
     """The port and the decoder that answers."""
-    encoder_backbone: PathText | None = None
-    """Folder of the encoder's backbone, which checkpoints of the reference need."""
-    pooling_factor: Positive | None = None
-    """Replaces the factor of the last pooled layer. None: that of training."""
-    marker: Literal["cont", "rec", "none"] = "cont"
-    """Marker after each document."""
     server: ServerSection | None = None
     """A server that runs the decoder. Only the embedding tables of `decoders` are read then."""
 
@@ -417,9 +492,20 @@ def build_arc(section: ArcSection, settings: SystemSettings) -> ArcSystem:
         readers, path = list(model.readers), Path(section.decoders[section.decoder_idx])
         readers[section.decoder_idx] = open_vector_reader(section.server, readers[section.decoder_idx], path)
         model.readers = tuple(readers)
-    model.readers[section.decoder_idx].name = Path(section.decoders[section.decoder_idx]).name
-    marker: Marker | None = None if section.marker == "none" else section.marker
-    return ArcSystem(settings.name, model, settings, decoder_idx=section.decoder_idx, marker=marker)
+    else:
+        for reader, path in zip(model.readers, map(Path, section.decoders), strict=True):
+            _share_decoder(reader, path)
+    # The pooling factor is data of a batch, so systems of other factors use the same weights.
+    key = ("compressor", section.model, section.encoder_backbone, settings.device, settings.dtype)
+    model.compressor = _once(key, lambda: model.compressor)
+    return ArcSystem(
+        settings.name,
+        model,
+        settings,
+        decoder_idx=section.decoder_idx,
+        marker=section.own_marker,
+        chunk_tokens=section.chunk_tokens,
+    )
 
 
 def build_closed(section: DecoderSection, settings: SystemSettings) -> TextSystem:

@@ -24,7 +24,7 @@ from torch import Tensor
 from arc_ds.batch.segments import TokenIds
 from arc_ds.config.ranges import NonNegativeFloat, Positive, PositiveFloat
 from arc_ds.errors import ConfigError, ServerError
-from arc_ds.evaluation.systems.system import System
+from arc_ds.evaluation.systems.system import KeepsWork, System
 from arc_ds.inference.decoders import Implementation, OpenedDecoder, read_decoder_sizes
 from arc_ds.inference.generate import Sampling
 from arc_ds.inference.load import DecoderSettings
@@ -126,6 +126,10 @@ class ServedReader(DecoderReader):
     identity: ServerIdentity
     nll_method: NllMethod | None = None
 
+    @property
+    def _embedding(self) -> Tensor:
+        return torch.empty(0) if isinstance(self.decoder, _SizesOnly) else super()._embedding
+
     def record(self) -> dict[str, Any]:
         """The identity of the decoder, for `System.describe`."""
         return {
@@ -146,6 +150,7 @@ class ServedReader(DecoderReader):
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         max_rows: int | None = None,
+        max_shared: int | None = None,
     ) -> list[Answer]:
         """See `DecoderReader`. Ids of tokens that the server does not name are -1. Raises the server's errors."""
         texts, ends = self._ends(stop, stop_ids)
@@ -160,7 +165,13 @@ class ServedReader(DecoderReader):
             for reply, rows, limit in zip(replies, prompts, limits, strict=True)
         ]
 
-    def nll_rows(self, prompts: Sequence[Rows], answers: Sequence[TokenIds], max_rows: int | None = None) -> list[Nll]:
+    def nll_rows(
+        self,
+        prompts: Sequence[Rows],
+        answers: Sequence[TokenIds],
+        max_rows: int | None = None,
+        max_shared: int | None = None,
+    ) -> list[Nll]:
         """See `DecoderReader`. Only if there is an `nll_method`, and for prompts without vectors."""
         assert self.nll_method is not None, "the runner asks for no NLL that the server does not give"
         asked = [idx for idx, answer in enumerate(answers) if len(answer)]
@@ -356,16 +367,21 @@ def in_order_of_end(
     """The answers to batches, each with the batch's number, as soon as they are there.
 
     Batches of a system here come one after another. Those of a served one run in threads, so that the server always has
-    work. If the caller stops, or an answer raises an error, the requests that run are ended.
+    work. If the caller stops, or an answer raises an error, the requests that run are ended. The kept work of a system
+    is dropped before the next one begins.
 
     numbers: of the batches.
     system_of: system of a batch.
     size_of: number of prompts of a batch.
     answer: answers a batch.
     """
+    last: System | None = None
     for _, group in groupby(numbers, key=lambda number: id(system_of(number))):
         members = list(group)
-        reader = reader_of_system(system_of(members[0]))
+        if isinstance(last, KeepsWork):
+            last.forget()
+        system = last = system_of(members[0])
+        reader = reader_of_system(system)
         if reader is None:
             yield from ((number, answer(number)) for number in members)
         else:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from arc_ds.evaluation.sample import EvalPrompt
-
-StopReason = Literal["string", "eos", "length"]
+from arc_ds.inference.generate import StopReason
+from arc_ds.inference.reader import Nll as AnswerNll
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,14 +27,6 @@ class Answer:
     raw: str
     stop: StopReason
     lengths: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerNll:
-    """Likelihood of a reference answer: the sum over its tokens in nats, and their number."""
-
-    nats: float
-    tokens: int
 
 
 class System(Protocol):
@@ -71,8 +63,8 @@ class System(Protocol):
 class KeepsWork(Protocol):
     """A system that keeps work of one call for the next one, such as the vectors of in-context examples.
 
-    With it, a call may round differently. The runner calls `forget` before each batch, so that predictions do not
-    depend on the batches that the same process has answered before.
+    Kept work changes no answer, not even by rounding: predictions depend on their batch alone. The runner calls
+    `forget` after the last batch of the system, because kept work takes memory.
     """
 
     def forget(self) -> None:

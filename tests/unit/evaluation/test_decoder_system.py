@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from arc_ds import ArcModel, Context
+from arc_ds import ArcModel, Context, Vectors
 from arc_ds.errors import ConfigError, DataError, WeightsError
 from arc_ds.evaluation.protocol import CLEAN, REFERENCE, Protocol
 from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
@@ -19,6 +20,7 @@ from arc_ds.evaluation.systems import KINDS
 from arc_ds.evaluation.systems.budget import choose_sentences, cut_to, rows_of_arc, split_sentences
 from arc_ds.evaluation.systems.decoder_system import ArcSystem, DecoderSystem
 from arc_ds.evaluation.systems.kind import SystemSettings
+from arc_ds.model.decoder import Decoder
 from arc_ds.tokenizers import Tokenizer
 
 TOWER = "The tower is of stone. It stands by the sea. A lamp burns in it at night."
@@ -36,14 +38,22 @@ def eval_sample(number: int, task: str = "squad") -> EvalSample:
     )
 
 
-def prompt(number: int = 0, *, closed: bool = False, task: str = "squad", **fields: Any) -> EvalPrompt:
+def prompt(
+    number: int = 0, *, closed: bool = False, task: str = "squad", document: str = TOWER, **fields: Any
+) -> EvalPrompt:
     """One in-context example and a question."""
     asked = eval_sample(number, task)
-    parts: list[str | Document] = ["Document: ", Document(LAMP), "\nQuestion: Of what is the lamp?\nAnswer: stone\n\n"]
-    parts += ["Document: ", Document(TOWER), f"\nQuestion: {asked.question}\nAnswer:"]
+    example: list[str | Document] = [
+        "Document: ",
+        Document(LAMP),
+        "\nQuestion: Of what is the lamp?\nAnswer: stone\n\n",
+    ]
+    parts = [*example, "Document: ", Document(document), f"\nQuestion: {asked.question}\nAnswer:"]
     if closed:
-        parts = ["Question: Of what is the lamp?\nAnswer: stone\n\n", f"Question: {asked.question}\nAnswer:"]
-    return EvalPrompt(sample=asked, parts=tuple(parts), **{"max_new_tokens": 6, "stop": ("\n\n",), **fields})
+        example = ["Question: Of what is the lamp?\nAnswer: stone\n\n"]
+        parts = [*example, f"Question: {asked.question}\nAnswer:"]
+    options = {"max_new_tokens": 6, "stop": ("\n\n",), "examples": tuple(example), **fields}
+    return EvalPrompt(sample=asked, parts=tuple(parts), **options)
 
 
 def make(folder: Path, kind: str, protocol: Protocol = CLEAN, **keys: Any) -> Any:
@@ -89,17 +99,79 @@ def test_arc_counts_tokens_vectors_and_markers(folder: Path, model: ArcModel) ->
     assert set(answer.lengths) == {*expected, "prompt_rows", "new_tokens"}
 
 
-def test_vectors_of_examples_are_kept_for_the_next_call(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    system, compressed = make(folder, "arc"), list[list[str]]()
-    compress = ArcModel.compress
+@pytest.mark.parametrize("kind", ["arc", "open"])
+def test_work_on_examples_is_kept_and_changes_no_bit(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors and rows of examples are kept for the next batch, and vectors of a batch for its NLL."""
+    system, compressed, shared = make(folder, kind), list[int](), list[int]()
+    compress, read = ArcModel.compress, Decoder.read_shared
 
-    def recorded(self: ArcModel, contexts: Sequence[str], *args: Any) -> Any:
-        compressed.append(list(contexts))
+    def counted(self: ArcModel, contexts: Sequence[Any], *args: Any) -> Any:
+        compressed.append(len(contexts))
         return compress(self, contexts, *args)
 
-    monkeypatch.setattr(ArcModel, "compress", recorded)
-    first, second = system.answer([prompt(0), prompt(1)]), system.answer([prompt(0), prompt(1)])
-    assert compressed == [[LAMP, TOWER], [TOWER]] and first == second
+    def recorded(self: Decoder, batch: Any, *args: Any) -> Any:
+        shared.append(batch.num_decoder_rows)
+        return read(self, batch, *args)
+
+    monkeypatch.setattr(ArcModel, "compress", counted)
+    monkeypatch.setattr(Decoder, "read_shared", recorded)
+    batches = [[prompt(0), prompt(1, document=LAMP[5:])], [prompt(2)], [prompt(3), prompt(4, document=TOWER[9:])]]
+    found = [(system.answer(batch), system.answer_nll(batch, ["by the sea"] * len(batch))) for batch in batches]
+    assert compressed == ([1, 2, 1, 2] if kind == "arc" else [])
+    assert shared == [system.num_rows(dataclasses.replace(prompt(), parts=prompt().examples))]
+    for batch, before in reversed(list(zip(batches, found, strict=True))):
+        system.forget()
+        assert (system.answer(batch), system.answer_nll(batch, ["by the sea"] * len(batch))) == before
+    assert len(shared) == 4
+    others = [prompt(0), prompt(1, examples=("Document: ",))]  # examples that differ are not shared
+    assert [answer.text for answer in system.answer(others)] == [
+        a.text for each in others for a in system.answer([each])
+    ]
+
+
+def test_long_documents_are_compressed_in_chunks_as_in_training(folder: Path, model: ArcModel) -> None:
+    """Each chunk has a marker, and a shorter document is one chunk."""
+    system, encoder = make(folder, "arc", chunk_tokens=20), model.encoder_tokenizer
+    assert encoder is not None
+
+    def chunked(text: str) -> list[torch.Tensor]:
+        ids = encoder.encode(text)
+        return model.compress([ids[start : start + 20] for start in range(0, len(ids), 20)])
+
+    asked = prompt()
+    vectors = {text: chunked(text) for text in (LAMP, TOWER)}
+    parts = [Vectors(torch.cat(vectors[p.text])) if isinstance(p, Document) else p for p in asked.parts]
+    (answer,), (nll,) = system.answer([asked]), system.answer_nll([asked], ["by the sea"])
+    num = len(vectors[TOWER])
+    assert num > 2 and [answer.raw] == model.generate([parts], max_new_tokens=6)
+    assert nll.nats == pytest.approx(model.nll([parts], [" by the sea"])[0].nats, rel=1e-5)
+    (whole,) = make(folder, "arc").answer_nll([asked], ["by the sea"])
+    assert abs(nll.nats - whole.nats) > 1e-3
+    assert system.num_rows(asked) == len(model.prompt_embeds([parts])[0]) == answer.lengths["prompt_rows"]
+    names = ("last_markers", "last_vectors", "last_document_encoder_tokens", "markers")
+    rows = sum(map(len, vectors[TOWER]))
+    expected = [num, rows - num, len(encoder.encode(TOWER)), num + len(vectors[LAMP])]
+    assert [answer.lengths[name] for name in names] == expected
+    assert rows_of_arc(folder / "export", chunk_tokens=20)(TOWER) == rows
+    assert make(folder, "arc", chunk_tokens=1000).answer([asked]) == make(folder, "arc").answer([asked])
+    with pytest.raises(DataError, match="the document '' has no token"):
+        system.num_rows(prompt(document=""))
+
+
+def test_systems_that_are_alive_share_weights(folder: Path) -> None:
+    systems = [make(folder, "arc"), make(folder, "arc", pooling_factor=2, marker="none"), make(folder, "open")]
+    assert len({id(system.reader.decoder) for system in systems}) == 1
+    assert systems[0].model.compressor is systems[1].model.compressor
+    alone = ArcModel.from_checkpoint(folder / "export", [folder / "decoder"], pooling_factor=2)
+    parts = [Context(p.text, None) if isinstance(p, Document) else p for p in prompt().parts]
+    nats = [system.answer_nll([prompt()], ["by the sea"])[0].nats for system in systems]
+    assert nats[1] == pytest.approx(alone.nll([parts], [" by the sea"])[0].nats, rel=1e-5) and len(set(nats)) == 3
+    budget = rows_of_arc(folder / "export", marker=None, pooling_factor=2)
+    own, others = (system.lengths_of_documents(prompt())["last_vectors"] for system in systems[1::-1])
+    assert budget(TOWER) == own > others
+    decoder, compressor = (weakref.ref(part) for part in (systems[0].reader.decoder, systems[0].model.compressor))
+    del systems
+    assert decoder() is compressor() is None  # at once, without a search for cycles
 
 
 @pytest.mark.parametrize("kind", ["arc", "closed", "open", "truncated", "bm25"])
@@ -203,6 +275,16 @@ def test_sentences_are_chosen_by_their_words_and_stay_in_order(tokenizer: Tokeni
     assert choose_sentences(text, "x", 10**6, tokenizer) == text
     first = choose_sentences(text, "zzz", budget, tokenizer)
     assert first.startswith("Cats sleep all day.")  # no word of the query occurs
+
+
+def test_sentences_that_cannot_fit_are_not_tried(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document of thousands of sentences would otherwise be tokenised once for each of them."""
+    sentences = [f"The ship of {number} sails at dawn." for number in range(100, 300)]
+    text, budget = " ".join(sentences), len(tokenizer.encode(" ".join(sentences[:15])))
+    seen, encode = list[int](), type(tokenizer).encode
+    monkeypatch.setattr(type(tokenizer), "encode", lambda self, word: [seen.append(len(word)), encode(self, word)][1])
+    chosen = choose_sentences(text, "Which ship of 217 sails?", budget, tokenizer)
+    assert "of 217 " in chosen and chosen.count(".") == 15 and sum(seen) < 4 * len(text)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 17])

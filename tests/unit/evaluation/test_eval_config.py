@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from arc_ds.errors import ConfigError
-from arc_ds.evaluation.config import TaskConfig, as_tree, load_eval_config
-from arc_ds.evaluation.plan import load_task
+from arc_ds.evaluation.config import load_eval_config
 from arc_ds.evaluation.protocol import CLEAN, REFERENCE
+from arc_ds.evaluation.systems.decoder_system import DecoderSection
+from arc_ds.evaluation.systems.kind import SystemSettings
+from arc_ds.model.backbone_config import RopeScaling
 from tests.helpers import fake_eval
+from tests.helpers import tiny_models as tiny
+from tests.helpers.tiny_data import write_json_tokenizer
 
+SETTINGS = SystemSettings(name="x", protocol=CLEAN, seed=0, device=torch.device("cpu"), dtype=torch.float32)
 RECIPES = Path(__file__).resolve().parents[3] / "ds_configs" / "eval"
 YAML = """output: out
 tasks:
@@ -67,21 +74,27 @@ def test_errors_name_the_line(tmp_path: Path) -> None:
         _load(tmp_path, text=YAML.replace("window", "windo"))
 
 
-@pytest.mark.parametrize("recipe", ["demo", "paper_table1", "long_context"])
-def test_shipped_recipes_load(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_recipes_load(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MODELS", "EVAL_DATA"):
         monkeypatch.setenv(name, f"/{name}")
-    config = load_eval_config(RECIPES / f"{recipe}.yaml")
-    assert {"arc", "closed", "open"} <= {each.kind for each in config.systems}
+    configs = {path.stem: load_eval_config(path) for path in RECIPES.glob("*.yaml")}
+    for name in ("demo", "paper_table1", "long_context"):
+        assert {"arc", "closed", "open"} <= {each.kind for each in configs[name].systems}
+    with_window, arc = configs["long_context_llama2_7b_32k"], configs["long_context"]
+    assert with_window.tasks == arc.tasks and with_window.protocol == arc.protocol
+    assert arc.systems[0].section.chunk_tokens == 1024
 
 
-def test_the_demos_questions_can_be_read() -> None:
-    found = load_task(TaskConfig(name="qa", path=str(RECIPES / "demo_questions.jsonl")), CLEAN)
-    assert len(found.samples) == 42
-    assert all(sample.references[0] in sample.passages[0] for sample in found.samples)
-
-
-def test_the_record_leaves_out_what_changes_no_prediction(tmp_path: Path) -> None:
-    config = _load(tmp_path)
-    assert as_tree(config) == as_tree(_load(tmp_path, "output=elsewhere", "wait_s=5", "device=cpu"))
-    assert as_tree(config) != as_tree(_load(tmp_path, "max_batch_rows=5"))
+def test_a_decoder_with_a_long_window_is_read_from_its_config(tmp_path: Path) -> None:
+    """The keys of Llama-2-7B-32K's config.json: linear rotary scaling as older versions of transformers write it."""
+    sizes = tiny.tiny_config(vocab_size=340)
+    scaling = {"factor": 8.0, "type": "linear"}
+    tiny.write_hf(tmp_path, sizes, tiny.random_tensors(sizes), rope_scaling=scaling, max_position_embeddings=32768)
+    write_json_tokenizer(tmp_path)
+    reader = DecoderSection(decoder=str(tmp_path)).open(SETTINGS)
+    assert reader.max_positions == 32768
+    assert reader.decoder.sizes == dataclasses.replace(sizes, rope_scaling=RopeScaling(kind="linear", factor=8.0))
+    plain = DecoderSection(decoder=str(tmp_path), rope_scaling="none").open(SETTINGS)
+    assert plain.decoder.sizes == sizes
+    (scaled,), (ignored,) = (each.nll(["a b c d"], [" e f"]) for each in (reader, plain))
+    assert abs(scaled.nats - ignored.nats) > 1e-3

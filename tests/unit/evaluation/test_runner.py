@@ -10,15 +10,19 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from arc_ds.errors import ArcError, ConfigError, DataError, LostRankError
+from arc_ds.errors import ArcError, ConfigError, DataError, LostRankError, OutOfMemoryError
 from arc_ds.evaluation import runner
-from arc_ds.evaluation.config import load_eval_config
+from arc_ds.evaluation.config import TaskConfig, load_eval_config
 from arc_ds.evaluation.parts import part_path, part_paths
+from arc_ds.evaluation.plan import Batch, load_task, make_plan
+from arc_ds.evaluation.protocol import CLEAN, Protocol
 from arc_ds.evaluation.results import PREDICTIONS, RUN, TIMES
+from arc_ds.inference.reader import Nll
 from tests.helpers import fake_eval
 from tests.helpers.waiting import LIMIT_S
 
@@ -107,18 +111,60 @@ def test_nothing_is_computed_twice(config: Path, tmp_path: Path, monkeypatch: py
     assert len(seen) == len(set(seen)) == 80
 
 
-def test_kept_work_is_dropped_before_each_batch(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system whose answers depend on its earlier calls, as those of kept rows do by their rounding."""
+def test_kept_work_is_dropped_after_the_last_batch_of_a_system(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
     answer = fake_eval.Echo.answer
+    monkeypatch.setattr(fake_eval.Echo, "answer", lambda self, ps: [calls.append(self.name), answer(self, ps)][1])
+    monkeypatch.setattr(fake_eval.Echo, "forget", lambda self: calls.append(f"forget {self.name}"), raising=False)
+    _evaluate(config)
+    assert list(dict.fromkeys(calls)) == ["open", "forget open", "closed"] and calls.count("forget open") == 1
 
-    def noted(self: fake_eval.Echo, prompts: Sequence[Any]) -> list[Any]:
-        return [dataclasses.replace(a, raw=f"{a.raw} after {self.num_answered}") for a in answer(self, prompts)]
 
-    monkeypatch.setattr(fake_eval.Echo, "answer", noted)
-    outputs = [f"output={tmp_path / name}" for name in "abcd"]
-    assert _all_ranks(config, 1, outputs[0]) != _all_ranks(config, 2, outputs[1])
-    monkeypatch.setattr(fake_eval.Echo, "forget", lambda self: setattr(self, "num_answered", 0), raising=False)
-    assert _all_ranks(config, 1, outputs[2]) == _all_ranks(config, 2, outputs[3])
+def test_prompts_with_the_same_examples_are_asked_one_after_another(tmp_path: Path) -> None:
+    """Each direction of a translation has its own examples. Examples that few prompts share make no small batches."""
+    for language in ("eng", "spa", "fra", "deu", "dan"):
+        lines = [f"{language}{number} " * (1 + number % 7) for number in range(12)]
+        (tmp_path / f"{language}_Latn.dev").write_text("\n".join(lines))
+    batches = _planned(TaskConfig(name="flores", path=str(tmp_path), num_examples=2), CLEAN)
+    examples = [{each.prompt.examples for each in batch.prompts} for batch in batches]
+    assert [len(found) for found in examples] == [1] * len(batches) and len(batches) >= 8
+    runs = [found for found, before in zip(examples, [None, *examples], strict=False) if found != before]
+    assert len(runs) == 4 and sum(len(batch.prompts) for batch in batches) == 40
+    files = [fake_eval.write_questions(tmp_path / f"{n}.jsonl", n, first=1000 * n) for n in (40, 6)]
+    task = TaskConfig(name="qa", path=str(files[0]), examples=str(files[1]), num_examples=2)
+    mixed = _planned(task, dataclasses.replace(CLEAN, examples="per_sample"))
+    assert max(len(batch.prompts) for batch in mixed) > 4 and len(mixed) < 12
+
+
+def _planned(task: TaskConfig, protocol: Protocol) -> Sequence[Batch]:
+    settings: Any = SimpleNamespace(name="echo")
+    system = fake_eval.Echo(fake_eval.EchoSection(), settings)
+    loaded = load_task(task, protocol)
+    return make_plan([system], [loaded], protocol, arc_names=(), seed=0, max_batch_rows=600).batches
+
+
+def _without_memory(*_: Any) -> Any:
+    raise MemoryError("none left.")
+
+
+def test_an_nll_that_is_not_finite_stops_and_one_of_no_tokens_is_left_out(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nlls(nats: float, tokens: int) -> None:
+        monkeypatch.setattr(fake_eval.Echo, "answer_nll", lambda _self, prompts, _: [Nll(nats, tokens)] * len(prompts))
+
+    nlls(float("nan"), 2)
+    with pytest.raises(DataError, match=r"open, qa: the NLL of q\d+ is nan.*set dtype to bfloat16"):
+        _evaluate(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_eval.Echo, "answer", _without_memory)
+        with pytest.raises(
+            OutOfMemoryError, match=r"open, qa: a batch of \d+ samples .* Lower max_batch_rows \(now 220"
+        ):
+            _evaluate(config)
+    nlls(0.0, 0)
+    lines = [json.loads(line) for line in (_evaluate(config) / PREDICTIONS).read_text().splitlines()]
+    assert {line["nll"] for line in lines} == {None} and len(lines) == 80
 
 
 def test_a_changed_config_or_changed_data_is_refused_with_the_difference(config: Path, tmp_path: Path) -> None:

@@ -161,6 +161,40 @@ def test_shared_rows_of_the_last_call_are_kept_while_they_fit() -> None:
     assert shared == [16, 36, 37]
 
 
+def test_shared_rows_up_to_a_number_depend_on_no_earlier_call() -> None:
+    """With `max_shared`, a call reads at most these rows apart, whatever the last call has left."""
+    found, long = make_reader(), ids(20, 3)
+    calls = [[[*BEGIN, long, ids(n, n)] for n in (3, 4)], [[*BEGIN, ids(7, 1)]], [[*BEGIN, long, ids(2, 2)]], [BEGIN]]
+    expected = []
+    with sharing() as shared:
+        for prompts in calls:
+            with plainly():
+                expected.append(tokens(found, prompts, 3))
+        for idx in (0, 1, 2, 0, 3, 2):
+            assert tokens(found, calls[idx], 3, max_shared=16) == expected[idx]
+        assert shared == [16, 15, 16]  # `BEGIN` alone has 16 rows, of which the last one is its own
+        assert tokens(found, calls[0], 3, max_shared=0) == expected[0]
+    assert len(shared) == 3
+
+
+def test_kept_rows_are_those_of_the_vectors_before_they_were_written_to() -> None:
+    found, document = make_reader(), vectors(40, 1)
+    prompts = [[ids(3, 0), document, ids(n, n)] for n in (4, 5)]
+    with sharing() as shared:
+        before = tokens(found, prompts)
+        document.neg_()
+        after = tokens(found, prompts)
+        with plainly():
+            assert tokens(found, prompts) == after != before
+    assert len(shared) == 2
+
+
+def test_stored_vectors_get_the_dtype_of_the_decoder() -> None:
+    found = make_reader()
+    (part,) = found.rows([Vectors(vectors(3, 1).float())], 0)
+    assert isinstance(part, Tensor) and part.dtype == torch.float64
+
+
 @pytest.mark.parametrize(("family", "times"), [("llama", 1), ("dynamic", 2)])
 def test_kept_rows_of_scalings_by_length_need_the_same_length(family: str, times: int) -> None:
     found = make_reader(**FAMILIES[family])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,11 @@ import torch
 
 from arc_ds import ArcModel, Context, Segment, Vectors
 from arc_ds.errors import ConfigError, DataError, TokenizerError
+from arc_ds.inference.generate import Continuation
 from arc_ds.inference.reader import DecoderReader
+from arc_ds.tokenizers import load_tokenizer
+from tests.helpers.tiny_data import write_tiktoken
+from tests.helpers.tokenizer_files import KEEPS_TEXT, sentencepiece_model
 
 TEXT, OTHER = "The wind came from the sea.", "A lamp of stone, and a tower that was taken down again."
 PROMPTS: list[Any] = [
@@ -119,3 +123,34 @@ def test_wrong_prompts_and_answers_are_one_clear_error(folder: Path, model: ArcM
     reader.tokenizer = None
     with pytest.raises(TokenizerError, match="the decoder was loaded without a tokenizer"):
         reader.generate(["a"])
+
+
+SPOKEN = "a 🙂 zwölf 北京\n\nend of the sea, the sea"
+
+
+@pytest.mark.parametrize("kind", ["json", "tiktoken", "sentencepiece"])
+def test_an_answer_ends_at_the_token_that_completes_a_stop(
+    kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the stop begins or ends within a token, or a token ends within one of its characters."""
+    makers: dict[str, Callable[[], Path]] = {
+        "json": lambda: folder / "decoder",
+        "tiktoken": lambda: write_tiktoken(tmp_path / "tokenizer.model"),
+        "sentencepiece": lambda: sentencepiece_model(tmp_path, **KEEPS_TEXT),
+    }
+    tokenizer = load_tokenizer(makers[kind]())
+    reader = DecoderReader.open(folder / "decoder")
+    reader.tokenizer = tokenizer
+    ids = tokenizer.encode(SPOKEN)
+    assert any("\ufffd" in tokenizer.decode([token]) for token in ids)
+
+    def scripted(_prompts: Any, *, has_ended: Any, **_: Any) -> list[Continuation]:
+        num = next((num for num in range(1, len(ids) + 1) if has_ended(0, ids[:num])), len(ids))
+        return [Continuation(ids[:num], "string")]
+
+    monkeypatch.setattr(reader, "continue_rows", scripted)
+    for start in range(len(SPOKEN)):
+        for stop in {SPOKEN[start : start + size] for size in (1, 2, 7, 20)}:
+            (answer,) = reader.answer_rows([], max_new_tokens=99, stop=["nowhere", stop])
+            assert answer.text == SPOKEN[: SPOKEN.index(stop)] and stop in answer.raw
+            assert stop not in tokenizer.decode(answer.ids[:-1])

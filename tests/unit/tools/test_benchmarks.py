@@ -77,6 +77,32 @@ def test_documents_are_read_in_three_ways_and_only_vectors_make_prompts_short(
     assert all(float(row["requests_per_s"]) > 0 and float(row["first_token_p95_ms"]) > 0 for row in (text, new, cached))
 
 
+def test_prompts_are_answered_in_five_ways_with_the_same_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "leaving" reads other prompts, so that nothing is shared."""
+    write_export(tiny_trained(tmp_path / "run"), tmp_path / "export")
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    files = ["--model", tmp_path / "export", "--decoder", write_decoder(tmp_path / "decoder")]
+    sizes = ["--text", tmp_path / "text.txt", "--characters", 101, "--samples", 5, "--batch", 3, "--limit", 4]
+    run(monkeypatch, "bench_generate", *files, *sizes, "--dtype", "float64", "--out", tmp_path / "rows.csv")
+    found = rows(tmp_path / "rows.csv")
+    assert [row["way"] for row in found] == ["plain", "stop", "leaving", "prefix", "vectors"]
+    assert all(float(row["answers_per_s"]) > 0 and row["machine"] for row in found)
+    assert [row["same_answers"] for row in found if row["way"] != "leaving"] == ["1.0"] * 4
+    assert float(found[0]["speedup"]) == 1.0
+    assert found[0]["command"].startswith("python tools/bench_generate.py --model export --decoder decoder --text text")
+
+
+def test_documents_come_from_the_speeches_if_no_text_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    module = import_module("bench_rows")
+    args = module.model_parser("", characters=300).parse_args(["--model", "m", "--decoder", "d"])
+    documents = module.cut_documents(args, 50)
+    assert len(documents) == len(set(documents)) == 50 and set(map(len, documents)) == {300}
+    assert module.run(lambda _: module.cut_documents(args, 10**6), args) == 2
+    assert "documents of 1000000; give a longer one" in capsys.readouterr().err
+
+
 @needs_proc
 def test_all_processes_of_build_and_check_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

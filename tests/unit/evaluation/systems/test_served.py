@@ -294,15 +294,3 @@ def test_a_wrong_config_of_a_server_is_named(folder: Path, tmp_path: Path) -> No
         config = write_config(folder, tmp_path, server={"url": "http://x", key: value})
         with pytest.raises(ArcError, match=words):
             load_eval_config(config)
-
-
-def test_a_batch_of_every_thread_is_compressed_alone(folder: Path, vllm: str) -> None:
-    """Vectors that another batch has made would round otherwise."""
-    system = make(folder, "arc", url=vllm)
-    system.answer([prompt(0)])
-    assert system._kept
-    sizes: list[int] = []
-    compress = system.model.compress
-    system.model.compress = lambda texts, *rest: sizes.append(len(texts)) or compress(texts, *rest)
-    system.answer([prompt(1)])
-    assert sizes == [2]

@@ -126,6 +126,10 @@ class ServedReader(DecoderReader):
     identity: ServerIdentity
     nll_method: NllMethod | None = None
 
+    @property
+    def _embedding(self) -> Tensor:
+        return torch.empty(0) if isinstance(self.decoder, _SizesOnly) else super()._embedding
+
     def record(self) -> dict[str, Any]:
         """The identity of the decoder, for `System.describe`."""
         return {

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,12 +196,14 @@ def _fit(prompt: EvalPrompt, place: int, system: System, task: EvalTask, kept: P
 
 
 def _by_examples(planned: Sequence[PlannedPrompt]) -> list[list[PlannedPrompt]]:
-    """The prompts by their in-context examples. Those whose examples few prompts have are one group."""
+    """The prompts by their in-context examples. Those whose examples few prompts have are one group without any."""
     counts = Counter(each.prompt.examples for each in planned)
     groups: defaultdict[tuple[str | Document, ...], list[PlannedPrompt]] = defaultdict(list)
     for each in planned:
         examples = each.prompt.examples
-        groups[examples if counts[examples] >= _MIN_GROUP else ()].append(each)
+        if counts[examples] < _MIN_GROUP:
+            examples, each = (), each._replace(prompt=replace(each.prompt, examples=()))
+        groups[examples].append(each)
     return list(groups.values())
 
 

@@ -49,7 +49,7 @@ class EvalPrompt:
         to in-context examples. Closed-book prompts have none.
     max_new_tokens: limit of the answer.
     stop: texts that end the answer; they are not part of it.
-    examples: the texts and documents of the in-context examples, with which `parts` begin.
+    examples: the texts and documents of the in-context examples, with which `parts` begin, if its batch shares them.
     """
 
     sample: EvalSample

@@ -39,8 +39,8 @@ from arc_ds.inference.prompt import Context, Parts, Prompt, Vectors
 from arc_ds.inference.rows import (
     MAX_ROWS,
     Rows,
-    begins_with,
     joined,
+    num_common,
     num_common_rows,
     num_rows,
     pack_rows,
@@ -89,11 +89,9 @@ class _KeptRows(NamedTuple):
     rows: Rows
     shared: SharedRows
 
-    def fits(self, prompts: Sequence[Rows], max_len: int | None) -> bool:
-        """Whether all prompts begin with the rows and go on."""
-        if self.shared.max_len not in (None, max_len):
-            return False
-        return all(begins_with(prompt, self.rows) for prompt in prompts)
+    def fits(self, prompt: Rows, max_len: int | None) -> bool:
+        """Whether a prompt begins with the rows, in sequences of this length."""
+        return self.shared.max_len in (None, max_len) and num_common(prompt, self.rows) == self.shared.num_rows
 
 
 class _RowBatch(NamedTuple):
@@ -454,20 +452,22 @@ class DecoderReader:
         most: see `continue_rows`.
         """
         kept, count = self._kept, num_common_rows(prompts)
+        num_kept = 0 if kept is None else kept.shared.num_rows
         if most is None:
             # Reading new shared rows costs `count` rows; with the kept ones each prompt reads those that they lack.
-            is_useful = kept is not None and len(prompts) * (count - kept.shared.num_rows) <= count
+            is_useful = num_kept <= count and len(prompts) * (count - num_kept) <= count
             num_saved = count * (len(prompts) - 1)
         else:
             count = num_saved = min(count, most)
-            is_useful = kept is not None and kept.shared.num_rows == count
-        if kept is not None and is_useful and kept.fits(prompts, max_len):
-            return kept.shared, kept.shared.num_rows
+            is_useful = num_kept == count
+        if kept is not None and is_useful and kept.fits(prompts[0], max_len):
+            return kept.shared, num_kept
         if num_saved < _MIN_SAVED_ROWS:
             return None, 0
         # A copy: the caller may write to its vectors before the next call.
         rows = [part.clone() if isinstance(part, Tensor) else part for part in rows_before(prompts[0], count)]
         batch, z_ZD = pack_rows([rows], self.device, self.dtype)
+        self._kept = kept = None  # frees the memory before the new rows are read
         shared = self.decoder.read_shared(batch, z_ZD, max_len)
         if shared is None:
             return None, 0

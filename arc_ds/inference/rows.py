@@ -43,10 +43,11 @@ def num_common_rows(prompts: Sequence[Rows]) -> int:
     """
     first, *others = prompts
     shortest = min(map(num_rows, prompts))
-    return min([shortest - 1, *(_num_common(first, other) for other in others)])
+    return min([shortest - 1, *(num_common(first, other) for other in others)])
 
 
-def _num_common(first: Rows, second: Rows) -> int:
+def num_common(first: Rows, second: Rows) -> int:
+    """Length of the longest common prefix of two joined prompts."""
     count = 0
     for a, b in zip(first, second, strict=False):
         if isinstance(a, Tensor) or isinstance(b, Tensor):
@@ -60,17 +61,6 @@ def _num_common(first: Rows, second: Rows) -> int:
         if len(differ) or len(a) != len(b):
             break
     return count
-
-
-def begins_with(prompt: Rows, rows: Rows) -> bool:
-    """Whether a joined prompt begins with joined rows and has more of its own."""
-    count = num_rows(rows)
-    if num_rows(prompt) <= count:
-        return False
-    head = rows_before(prompt, count)
-    if len(head) != len(rows):
-        return False
-    return all(_num_common([a], [b]) == len(b) for a, b in zip(head, rows, strict=True))
 
 
 def rows_before(prompt: Rows, place: int) -> list[TokenIds | Tensor]:

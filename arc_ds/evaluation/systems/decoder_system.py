@@ -82,7 +82,7 @@ class DecoderSystem(ABC):
         return _rows_of(self._read(self.parts(prompt))[0])
 
     def answer(self, prompts: Sequence[EvalPrompt]) -> list[Answer]:
-        """See `System`. If all prompts have the same examples, the work on these is done once and kept."""
+        """See `System`. The work on in-context examples that all prompts have is done once and kept."""
         read = [self._read(parts)[0] for parts in self._all_parts(prompts)]
         groups: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
         for idx, prompt in enumerate(prompts):
@@ -107,20 +107,16 @@ class DecoderSystem(ABC):
     def answer_nll(self, prompts: Sequence[EvalPrompt], answers: Sequence[str]) -> list[AnswerNll]:
         """See `System`. A space stands between prompt and answer, as in the answers of in-context examples."""
         both = zip(self._all_parts(prompts), answers, strict=True)
-        read = [self._read(parts, _after(parts, answer)) for parts, answer in both]
+        read = [self._read(parts, f" {answer}") for parts, answer in both]
         rows = [self.reader.rows(parts, idx) for idx, (parts, _) in enumerate(read)]
         return self.reader.nll_rows(rows, [ids for _, ids in read], _ANY_NUMBER, self._num_shared(prompts))
 
     def _num_shared(self, prompts: Sequence[EvalPrompt]) -> int:
-        """Rows of the in-context examples of all prompts; 0 if they differ.
-
-        The reader shares at most these rows, so what it shares depends on no earlier call.
-        """
-        examples = common_examples(prompts)
-        if not examples:
+        """Rows of the in-context examples. The reader shares at most these, which depend on no earlier call."""
+        if not prompts or not prompts[0].examples:
             return 0
         sample = replace(prompts[0].sample, question=None)
-        return self.num_rows(replace(prompts[0], sample=sample, parts=examples))
+        return self.num_rows(replace(prompts[0], sample=sample, parts=prompts[0].examples))
 
     def _all_parts(self, prompts: Sequence[EvalPrompt]) -> list[list[str | Vectors]]:
         return [self.parts(prompt) for prompt in prompts]
@@ -284,7 +280,9 @@ class ArcSystem(DecoderSystem):
 
     def _all_parts(self, prompts: Sequence[EvalPrompt]) -> list[list[str | Vectors]]:
         # Examples are compressed apart, so that their vectors depend on no other document of the batch.
-        examples = dict.fromkeys(part.text for part in common_examples(prompts) if isinstance(part, Document))
+        examples = dict.fromkeys(
+            part.text for prompt in prompts[:1] for part in prompt.examples if isinstance(part, Document)
+        )
         others = dict.fromkeys(text for prompt in prompts for text in _documents(prompt) if text not in examples)
         with self._encoder_lock:
             found = {**self._vectors(tuple(examples)), **self._vectors(tuple(others))}
@@ -304,12 +302,6 @@ def _compress(
     vectors = model.compress(list(chain(*chunks)), decoder_idx, marker)
     ends = list(accumulate(map(len, chunks), initial=0))
     return {text: torch.cat(vectors[start:end]) for text, (start, end) in zip(texts, pairwise(ends), strict=True)}
-
-
-def common_examples(prompts: Sequence[EvalPrompt]) -> tuple[str | Document, ...]:
-    """The in-context examples of all prompts; none if they differ."""
-    examples = prompts[0].examples if prompts else ()
-    return examples if all(prompt.examples == examples for prompt in prompts) else ()
 
 
 def _documents(prompt: EvalPrompt) -> list[str]:
@@ -337,11 +329,6 @@ def _counts(name: str, values: Any) -> dict[str, int]:
 
 def _rows_of(parts: Parts) -> int:
     return sum(len(part.ids) if isinstance(part, Segment) else len(part.vectors) for part in parts)
-
-
-def _after(parts: list[str | Vectors], answer: str) -> str:
-    last = parts[-1] if parts else ""
-    return answer if isinstance(last, str) and last[-1:].isspace() else f" {answer}"
 
 
 @dataclass(frozen=True, kw_only=True)

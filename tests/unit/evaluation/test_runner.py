@@ -59,6 +59,7 @@ def test_predictions_are_equal_for_1_2_and_3_ranks(config: Path, expected: bytes
     assert all(line["prediction"] == line["references"][0] for line in lines if line["system"] == "open")
     for num_ranks in (2, 3):
         out = tmp_path / f"of_{num_ranks}"
+        _evaluate(config, f"output={out}", rank=900, num_ranks=901)  # has no batch
         assert _all_ranks(config, num_ranks, f"output={out}") == expected
         assert sorted(path.name for path in out.iterdir()) == sorted([PREDICTIONS, RUN, TIMES])
     run = json.loads((out / RUN).read_text())
@@ -134,6 +135,7 @@ def test_prompts_with_the_same_examples_are_asked_one_after_another(tmp_path: Pa
     task = TaskConfig(name="qa", path=str(files[0]), examples=str(files[1]), num_examples=2)
     mixed = _planned(task, dataclasses.replace(CLEAN, examples="per_sample"))
     assert max(len(batch.prompts) for batch in mixed) > 4 and len(mixed) < 12
+    assert {each.prompt.examples for batch in mixed for each in batch.prompts} == {()}
 
 
 def _planned(task: TaskConfig, protocol: Protocol) -> Sequence[Batch]:
@@ -178,6 +180,12 @@ def test_a_changed_config_or_changed_data_is_refused_with_the_difference(config:
     fake_eval.write_questions(questions, 40)
     _evaluate(config)
     with pytest.raises(ConfigError, match=r"config\.seed: 0 there, 1 here"):
+        _evaluate(config, "seed=1")
+
+
+def test_part_files_of_another_evaluation_are_refused(config: Path) -> None:
+    (_evaluate(config, rank=1, num_ranks=2) / RUN).unlink()
+    with pytest.raises(DataError, match="holds part files of another evaluation. Delete them"):
         _evaluate(config, "seed=1")
 
 

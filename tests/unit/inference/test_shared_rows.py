@@ -67,6 +67,7 @@ PROMPTS: dict[str, list[Rows]] = {
     "equal prompts": [[ids(12, 0), DOCUMENT]] * 3,
     "a prompt that is a prefix of another": [BEGIN, [*BEGIN, ids(4, 9)]],
     "ends inside a text": [[ids(12, 0), DOCUMENT, TokenIds([*EXAMPLE, token])] for token in (1, 2)],
+    "texts of other lengths before equal vectors": [[ids(n, 0), DOCUMENT, ids(2, 7)] for n in (3, 5)],
     "no common rows": [[ids(8, n + 1), DOCUMENT] for n in range(3)],
     "one": [BEGIN],
 }

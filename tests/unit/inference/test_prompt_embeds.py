@@ -1,68 +1,80 @@
-"""Prompt embeddings of an unknown program: the rows that went in, or one refusal without code, and little memory."""
+"""`prompt_embeds` gives the rows that `generate` reads, so that another engine continues them with the same tokens."""
 
 from __future__ import annotations
 
-import base64
-import io
-import os
-import zipfile
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 
-from arc_ds.errors import DataError
-from arc_ds.inference.prompt_embeds import decode_tensor, encode_tensor
+from arc_ds import ArcModel, Context, Segment
+from arc_ds.errors import ConfigError, DataError
+from tests.helpers.transformers_generate import continue_rows
 
-ROWS = torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_come_back(dtype: torch.dtype) -> None:
-    assert torch.equal(decode_tensor(encode_tensor(ROWS.to(dtype)), 48), ROWS.to(dtype))
-
-
-def saved(value: Any, **options: Any) -> str:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, **options)
-    return base64.b64encode(buffer.getvalue()).decode()
+TEXT, OTHER = "The wind came from the sea.", "A lamp of stone, and a tower that was taken down again."
+PROMPTS = [
+    ["Document: ", Context(TEXT), "\nAnswer:"],
+    ["Each block: ", Context(OTHER), Context(TEXT, "rec"), " of the"],
+    "The lighthouse",
+    Context(OTHER),
+]
 
 
-def deflated(text: str) -> str:
-    """The same archive, compressed: a megabyte of zeros takes a kilobyte."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(base64.b64decode(text))) as old, zipfile.ZipFile(buffer, "w", 8) as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry))
-    return base64.b64encode(buffer.getvalue()).decode()
+def test_transformers_continues_the_rows_with_the_tokens_of_generate(folder: Path, model: ArcModel) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "decoder").eval()
+    rows = model.prompt_embeds(PROMPTS)
+    assert len({len(line) for line in rows}) > 2, "a batch of equal lengths needs no padding"
+    ours = model.generate_ids([model.segments(prompt) for prompt in PROMPTS], max_new_tokens=64)
+    assert continue_rows(theirs, rows, 64) == ours
+    assert len({tuple(line) for line in ours}) == len(PROMPTS) and len(set(ours[0])) > 3
+    without = [torch.cat([line[:-2], line[-1:]]) for line in rows]  # a vector or token less
+    assert continue_rows(theirs, without, 64) != ours
 
 
-class Evil:
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, ("/tmp/arc_ds_must_not_exist",)
+def test_rows_are_token_embeddings_and_vectors_in_reading_order(model: ArcModel) -> None:
+    (rows,), (vectors,) = model.prompt_embeds([PROMPTS[0]]), model.compress([TEXT])
+    table = model.decoders[0].tok_embeddings.weight
+    before, context, after = (segment.ids for segment in _without_bos(model))
+    assert torch.equal(rows[0], table[0])
+    assert torch.equal(rows[1 : 1 + len(before)], table[list(before)])
+    torch.testing.assert_close(rows[1 + len(before) : -len(after)], vectors, rtol=0, atol=1e-6)
+    assert len(context) > len(vectors) and torch.equal(rows[-len(after) :], table[list(after)])
 
 
-WRONG = {
-    "no base64": "§",
-    "no archive": base64.b64encode(b"x" * 100).decode(),
-    "cut": encode_tensor(ROWS)[:-400],
-    "old format": saved(ROWS, _use_new_zipfile_serialization=False),
-    "compressed": deflated(encode_tensor(torch.zeros(5000, 48))),
-    "width": saved(torch.ones(3, 47)),
-    "vector": saved(torch.ones(48)),
-    "no rows": saved(torch.ones(0, 48)),
-    "whole numbers": saved(torch.ones(3, 48, dtype=torch.int64)),
-    "list": saved([1.0]),
-    "sparse": saved(torch.eye(48).to_sparse()),
-    "one value as many": saved(torch.zeros(1, 1).expand(10**9, 48)),
-    "nan": saved(torch.full((2, 48), torch.nan)),
-    "code": saved(Evil()),
-}
+def _without_bos(model: ArcModel) -> list[Segment]:
+    bos, *rest = model.segments(PROMPTS[0])
+    assert list(bos.ids) == [0]
+    return rest
 
 
-@pytest.mark.parametrize("fault", WRONG)
-def test_anything_else_is_refused(fault: str) -> None:
-    with pytest.raises(DataError, match=r"expected base64 of torch.save of a floating-point tensor \[rows, 48\]"):
-        decode_tensor(WRONG[fault], 48)
-    assert not os.path.exists("/tmp/arc_ds_must_not_exist")
+def test_the_embedding_table_alone_gives_the_same_rows(folder: Path, model: ArcModel) -> None:
+    decoder = folder / "decoder"
+    alone = ArcModel.from_checkpoint(folder / "export", decoders=[decoder], decoder_parts="embedding")
+    for ours, expected in zip(alone.prompt_embeds(PROMPTS), model.prompt_embeds(PROMPTS), strict=True):
+        assert torch.equal(ours, expected)
+    loaded = [name for name, parameter in alone.decoders[0].named_parameters() if not parameter.is_meta]
+    assert loaded == ["tok_embeddings.weight"]
+    for use in (lambda: alone.generate(PROMPTS), lambda: alone.logits([[Segment.text([1])]])):
+        with pytest.raises(ConfigError, match="only the decoder's embedding table was loaded"):
+            use()
+
+
+def test_vectors_of_an_earlier_compression_take_the_place_of_their_contexts(model: ArcModel) -> None:
+    prompts = [model.segments(prompt) for prompt in PROMPTS[:2]]
+    vectors = [*model.compress([TEXT, OTHER]), *model.compress([TEXT], marker="rec")]
+    assert model.generate_ids(prompts, vectors=vectors) == model.generate_ids(prompts)
+    pairs = zip(model.prompt_embeds(prompts, vectors=vectors), model.prompt_embeds(prompts), strict=True)
+    for given, expected in pairs:
+        torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
+    other = [-v for v in vectors]
+    assert model.generate_ids(prompts, vectors=other) != model.generate_ids(prompts)
+    for wrong in (vectors[:2], [v[:, :-1] for v in vectors], [v[1:] for v in vectors]):
+        with pytest.raises(DataError, match="the vectors have shape"):
+            model.generate_ids(prompts, vectors=wrong)
+
+
+def test_one_text_in_place_of_a_list_is_refused(model: ArcModel) -> None:
+    with pytest.raises(DataError, match="prompts is one str"):
+        model.prompt_embeds("text")
+    assert model.prompt_embeds([]) == []

@@ -232,7 +232,10 @@ def test_what_was_finished_is_kept_when_the_server_dies(
     assert len(asked) == 24 - kept, "nothing is computed twice"
 
 
-def test_samples_beyond_the_servers_window_are_left_out(folder: Path, model: ArcModel) -> None:
+def test_samples_beyond_the_servers_window_are_left_out(
+    folder: Path, model: ArcModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arc_ds.inference.reader.find_max_positions", lambda _: 100)
     with serving(FakeVllm(model, max_rows=70)) as url:
         assert make(folder, "open", url=url).max_rows == 70
 

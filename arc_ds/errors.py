@@ -57,6 +57,10 @@ class DiskFullError(StorageError):
     """A write that failed because the disk, the quota or the file size limit is exhausted."""
 
 
+class ServerError(ArcError):
+    """A server that runs a decoder and does not answer, or refuses a request."""
+
+
 class CheckpointError(ArcError):
     """A checkpoint that cannot be written or read: incomplete, corrupted, or from another run."""
 

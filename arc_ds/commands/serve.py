@@ -53,6 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--max-prompt-rows", type=_number(1), default=32768, help="tokens and vectors of prompt and answer (32768)")
     add("--max-tokens", type=_number(1), default=4096, help="new tokens of an answer (default 4096)")
     add("--max-body-mib", type=_number(0.001), default=16.0, help="size of a request (default 16)")
+    add("--prompt-embeds", action="store_true", help="take the decoder's rows as prompt_embeds, as vLLM does")
     add("--timeout", type=_number(0.001), default=300.0, help="seconds for a request (default 300)")
     parser.set_defaults(run=run)
 
@@ -106,6 +107,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         cache_bytes=int(args.cache_gib * GIB),
         cache_dir=args.cache_dir,
         disk_bytes=int(args.cache_dir_gib * GIB),
+        prompt_embeds=args.prompt_embeds,
     )
 
 

@@ -16,6 +16,7 @@ from arc_ds.errors import ConfigError
 from arc_ds.evaluation.datasets import find_task
 from arc_ds.evaluation.protocol import CLEAN, REFERENCE, Protocol
 from arc_ds.evaluation.systems import KINDS
+from arc_ds.evaluation.systems.served import identity_keys
 from arc_ds.system.user_files import read_user_text
 from arc_ds.system.user_paths import user_path
 
@@ -149,12 +150,17 @@ def load_eval_config(path: str | Path, overrides: Sequence[str] = (), *, needs_s
 
 
 def as_tree(config: EvalConfig) -> dict[str, Any]:
-    """The keys that define the results, as dicts, lists and scalars: all but `output`, `device` and `wait_s`."""
+    """The keys that define the results, as dicts, lists and scalars: all but `output`, `device` and `wait_s`.
+
+    Of a `server`, the model alone is left: another address or number of requests does not change results.
+    """
     tree = dataclasses.asdict(config)
     for key in ("output", "device", "wait_s"):
         del tree[key]
     tree["protocol"] = tree["protocol"]["protocol"]
-    tree["systems"] = [{"kind": each["kind"], "name": each["name"], **each["section"]} for each in tree["systems"]]
+    tree["systems"] = [
+        {"kind": each["kind"], "name": each["name"], **identity_keys(each["section"])} for each in tree["systems"]
+    ]
     return tree
 
 

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +31,8 @@ from arc_ds.evaluation.plan import CUT, Batch, EvalPlan, LoadedTask, load_task, 
 from arc_ds.evaluation.results import PREDICTIONS, RUN, TIMES, Prediction, data_digest, write_results
 from arc_ds.evaluation.systems import KINDS
 from arc_ds.evaluation.systems.kind import SystemSettings
-from arc_ds.evaluation.systems.system import AnswerNll, KeepsWork, System
+from arc_ds.evaluation.systems.served import in_order_of_end, offers_nll
+from arc_ds.evaluation.systems.system import AnswerNll, System
 from arc_ds.system import dist
 from arc_ds.system.device import select_device
 from arc_ds.system.files import output, write_whole
@@ -75,6 +77,8 @@ def run_evaluation(config: EvalConfig) -> Path:
         write_whole(folder / RUN, json.dumps(run, indent=2, ensure_ascii=False) + "\n")  # that of all ranks
     if rank == 0:
         _report_plan(plan)
+        if without := [system.name for system in systems if config.nll and not offers_nll(system)]:
+            logger.warning("%s: their servers give no NLL of an answer, so it is left out", ", ".join(without))
     digest = run["plan_digest"]
     done = _finished(folder, digest)
     if (folder / PREDICTIONS).exists():  # asked after the parts were read, because a merge removes them last
@@ -110,24 +114,29 @@ def _answer(
     progress: Progress,
 ) -> None:
     """Answer the batches of this rank, by number, and append each to its part file."""
-    by_name, last = {system.name: system for system in systems}, None
-    for number in numbers:
-        batch = plan.batches[number]
-        system = by_name[batch.system]
-        if system is not last and isinstance(last, KeepsWork):
-            last.forget()
-        last, decoder = system, str(run["systems"][system.name].get("decoder", ""))
-        started = time.perf_counter()
+    by_name = {system.name: system for system in systems}
+
+    def system_of(number: int) -> System:
+        return by_name[plan.batches[number].system]
+
+    def answer(number: int) -> tuple[Prediction, ...]:
+        batch, system = plan.batches[number], system_of(number)
+        decoder, nll = str(run["systems"][system.name].get("decoder", "")), config.nll and offers_nll(system)
         try:
-            predictions = answer_batch(system, batch, decoder=decoder, nll=config.nll, seed=config.seed)
+            return answer_batch(system, batch, decoder=decoder, nll=nll, seed=config.seed)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise OutOfMemoryError(
                 f"{system.name}, {batch.task}: a batch of {len(batch.prompts)} samples ({batch.rows:,} rows) exceeds "
                 f"the memory: {words_of(error).rstrip('.')}. Lower max_batch_rows (now {config.max_batch_rows:,}) and "
                 "give another output folder."
             ) from error
-        append(file, FinishedBatch(run["plan_digest"], number, time.perf_counter() - started, predictions))
-        progress.add(batch, predictions)
+
+    started = time.perf_counter()
+    with closing(in_order_of_end(numbers, system_of, lambda n: len(plan.batches[n].prompts), answer)) as answered:
+        for number, predictions in answered:
+            append(file, FinishedBatch(run["plan_digest"], number, time.perf_counter() - started, predictions))
+            progress.add(plan.batches[number], predictions)
+            started = time.perf_counter()
     progress.close()
 
 

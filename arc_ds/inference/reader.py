@@ -303,9 +303,7 @@ class DecoderReader:
         max_rows, max_shared: see `continue_rows`.
         """
         tokenizer = self.needed_tokenizer()
-        stops = _stop_texts(stop)
-        named = [tokenizer.special_ids[text] for text in stops if text in tokenizer.special_ids]
-        texts = [text for text in stops if text not in tokenizer.special_ids]
+        texts, ends = self._ends(stop, stop_ids)
         # A token has at least one byte. Sentencepiece drops a space with which the window begins.
         window = max((len(text.encode()) for text in texts), default=0) + 4
 
@@ -313,12 +311,10 @@ class DecoderReader:
             recent = tokenizer.decode(line[-window:])
             return any(text in recent for text in texts)
 
-        vocabulary = range(self.decoder.vocab_size)  # a tokenizer may name more tokens than the decoder has
-        ends = [idx for idx in (*(self.stop_ids or ()), *named) if idx in vocabulary]
         lines = self.continue_rows(
             prompts,
             max_new_tokens=max_new_tokens,
-            stop_ids=[*ends, *self.checked_stop_ids(stop_ids)],
+            stop_ids=ends,
             sampling=sampling,
             has_ended=has_stopped if texts else None,
             max_rows=max_rows,
@@ -326,8 +322,19 @@ class DecoderReader:
         )
         raws = [tokenizer.decode(line.ids) for line in lines]
         return [
-            Answer(_before_first(raw, texts), raw, line.ids, line.stop) for raw, line in zip(raws, lines, strict=True)
+            Answer(before_first(raw, texts), raw, line.ids, line.stop) for raw, line in zip(raws, lines, strict=True)
         ]
+
+    def _ends(self, stop: Sequence[str], stop_ids: Sequence[int] = ()) -> tuple[list[str], list[int]]:
+        """(texts that end a continuation, ids that do), with those of the decoder's files.
+
+        stop, stop_ids: see `answer_rows`.
+        """
+        special, stops = self.needed_tokenizer().special_ids, _stop_texts(stop)
+        named = [special[text] for text in stops if text in special]
+        vocabulary = range(self.decoder.vocab_size)  # a tokenizer may name more tokens than the decoder has
+        ids = [idx for idx in (*(self.stop_ids or ()), *named) if idx in vocabulary]
+        return [text for text in stops if text not in special], [*ids, *self.checked_stop_ids(stop_ids)]
 
     @torch.no_grad()
     def continue_rows(
@@ -592,6 +599,6 @@ def _stop_texts(stop: Sequence[str]) -> list[str]:
     return [check_encodable(text, "a stop") for text in texts]
 
 
-def _before_first(text: str, stops: Sequence[str]) -> str:
+def before_first(text: str, stops: Sequence[str]) -> str:
     """The text before the first of the stops in it; all of it if there is none."""
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]

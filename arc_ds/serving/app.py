@@ -21,11 +21,14 @@ from arc_ds.serving.protocol import Delta, Frame, Kind, RequestError, queue_full
 from arc_ds.serving.service import Reply, Service
 from arc_ds.serving.settings import Settings
 from arc_ds.serving.upstream import FALLBACK_HEADER
+from arc_ds.version import __version__
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_PATHS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/compress", "/v1/models", "/health", "/metrics"))
+_PATHS = frozenset(
+    ("/v1/chat/completions", "/v1/completions", "/v1/compress", "/v1/models", "/version", "/health", "/metrics")
+)
 _DRAINED_BODIES = 8  # bodies beyond the limit are read up to this multiple, so that the client reads the answer
 _BODY_S = 60.0
 _STOPPING = RequestError(503, "the server is stopping; ask another one", code="stopping", headers={"retry-after": "5"})
@@ -85,6 +88,10 @@ def create_app(service: Service, state: ServerState) -> FastAPI:
             raise RequestError(404, f"the model {name!r} does not exist here", param="model", code="model_not_found")
         return _json(entry)
 
+    @app.get("/version")
+    async def version() -> Response:
+        return _json({"version": __version__})
+
     @app.get("/health")
     async def health() -> Response:
         return _json({"status": "ok", "model": settings.name})
@@ -110,7 +117,13 @@ def create_app(service: Service, state: ServerState) -> FastAPI:
     async def failed(_: Request, error: Exception) -> Response:
         return _refusal(RequestError(500, "the server failed to answer; its log has the reason"))
 
-    entry = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "arc-ds"}
+    entry = {
+        "id": settings.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "arc-ds",
+        "max_model_len": service.max_rows,
+    }
     app.add_middleware(_Gate, service=service, state=state)
     return app
 
@@ -294,7 +307,8 @@ async def _generate(kind: Kind, request: Request, service: Service, state: Serve
             last = await wait(anext(reply.deltas))
             texts.append(last.text)
         usage = replace(reply.usage, completion_tokens=last.num_tokens)
-        return _json(frame.answer("".join(texts), last.finish, usage), headers=headers)
+        ids = last.ids if asked.with_ids else None
+        return _json(frame.answer("".join(texts), last.finish, usage, ids), headers=headers)
     finally:
         if not is_handed_over:
             wait.close()

@@ -8,36 +8,16 @@ vLLM must run with `--enable-prompt-embeds`, SGLang with `--disable-radix-cache`
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from arc_ds.inference.prompt_embeds import cache_salt, encode_tensor, on_cpu
+
+__all__ = ["cache_salt", "encode_tensor", "sglang_generate", "vllm_chat", "vllm_completion"]
+
 Message = Mapping[str, Any]
-
-
-def encode_tensor(rows_RD: Tensor) -> str:
-    """A tensor as vLLM reads it: base64 of `torch.save`, floating point, [rows, hidden size]."""
-    buffer = io.BytesIO()
-    torch.save(_plain(rows_RD), buffer)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def cache_salt(tensors: Sequence[Tensor]) -> str:
-    """A salt for vLLM's prefix cache that differs if any row differs.
-
-    vLLM leaves prompt embeddings out of the key of its prefix cache (vLLM issue 56655). Without a salt, two prompts of
-    equal length and different vectors could share a prefix.
-    """
-    digest = hashlib.sha256()
-    for tensor in map(_plain, tensors):
-        digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def vllm_completion(rows_RD: Tensor, model: str, **options: Any) -> dict[str, Any]:
@@ -63,7 +43,7 @@ def vllm_chat(messages: Sequence[Message], model: str, **options: Any) -> dict[s
 
 def sglang_generate(rows_RD: Tensor, **sampling_params: Any) -> dict[str, Any]:
     """A body for SGLang's `POST /generate`: the rows as nested lists of numbers."""
-    return {"input_embeds": _plain(rows_RD).float().tolist(), "sampling_params": sampling_params}
+    return {"input_embeds": on_cpu(rows_RD).float().tolist(), "sampling_params": sampling_params}
 
 
 def _content(parts: str | Sequence[str | Tensor]) -> str | list[dict[str, str]]:
@@ -75,8 +55,3 @@ def _content(parts: str | Sequence[str | Tensor]) -> str | list[dict[str, str]]:
         else {"type": "text", "text": part}
         for part in parts
     ]
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """A copy on the CPU with a storage of its own: `torch.save` writes the whole storage of a slice."""
-    return tensor.detach().to("cpu", copy=True).contiguous()

@@ -16,9 +16,9 @@ from threading import Condition, Thread
 import torch
 from torch import Tensor
 
-from arc_ds.batch.segments import Segment
 from arc_ds.errors import ArcError
 from arc_ds.inference.arc import ArcModel
+from arc_ds.inference.prompt import Parts, Vectors
 from arc_ds.serving.metrics import Metrics
 from arc_ds.serving.protocol import Delta, Finish, Options, RequestError, queue_full
 from arc_ds.serving.settings import Settings
@@ -47,12 +47,14 @@ class AnswerText:
         self._decode, self._options, self._stop_ids, self._emit = decode, options, stop_ids, emit
         self._sent = ""
         self.num_tokens = 0
+        self.ids: list[int] = []
         self.ended = False
 
     def update(self, ids: list[int]) -> bool:
         """Take the tokens so far. Returns whether the answer has ended."""
         if self.ended:
             return True
+        self.ids = ids
         if len(ids) == self.num_tokens or ids[-1] in self._stop_ids:  # the generation ends a line without a token
             return self._end(self._text(ids[: self.num_tokens]), "stop")
         self.num_tokens = len(ids)
@@ -95,9 +97,9 @@ class AnswerText:
 class _Job:
     """An answer in the queue, and the way back to the event loop of its request."""
 
-    def __init__(self, segments: Sequence[Segment], vectors: Sequence[Tensor], options: Options) -> None:
+    def __init__(self, segments: Parts, vectors: Sequence[Tensor], options: Options) -> None:
         self.segments, self.vectors, self.options = segments, vectors, options
-        self.rows = sum(len(s.ids) for s in segments if s.kind == "text") + sum(map(len, vectors)) + options.max_tokens
+        self.rows = given_rows(segments) + sum(map(len, vectors)) + options.max_tokens
         self.is_cancelled = False
         self._loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Delta | Exception] = asyncio.Queue()
@@ -139,9 +141,7 @@ class Generation:
         for thread in self._threads:
             thread.join()
 
-    async def answer(
-        self, segments: Sequence[Segment], vectors: Sequence[Tensor], options: Options
-    ) -> AsyncIterator[Delta]:
+    async def answer(self, segments: Parts, vectors: Sequence[Tensor], options: Options) -> AsyncIterator[Delta]:
         """The answer in pieces; the last one has a reason of its end. Closing the iterator ends the work on it.
 
         Raises RequestError if too many answers wait.
@@ -224,7 +224,21 @@ class Generation:
         special, stops = self._tokenizer.special_ids, job.options.stop
         ids = frozenset(special[stop] for stop in stops if stop in special)
         options = replace(job.options, stop=tuple(stop for stop in stops if stop not in special))
-        return AnswerText(self._tokenizer.decode, options, ids, job.emit)
+
+        def emit(delta: Delta) -> None:
+            is_last = delta.finish is not None
+            job.emit(delta._replace(ids=tuple(text.ids[: text.num_tokens])) if is_last else delta)
+
+        text = AnswerText(self._tokenizer.decode, options, ids, emit)
+        return text
+
+
+def given_rows(parts: Parts) -> int:
+    """The decoder's rows of the texts and the given vectors of a prompt."""
+    return sum(
+        len(part.vectors) if isinstance(part, Vectors) else len(part.ids) if part.kind == "text" else 0
+        for part in parts
+    )
 
 
 def as_request_error(error: Exception) -> RequestError:

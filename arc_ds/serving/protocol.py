@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -89,8 +89,12 @@ def _text_as_document(value: Any) -> Any:
     return {"text": value} if isinstance(value, str) else value
 
 
-def _only_text(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+def _text_or_ids(value: Any) -> Any:
+    only = value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list) else value
+    are_ids = isinstance(only, list) and all(type(idx) is int and 0 <= idx < 2**31 for idx in only)
+    if not are_ids and not isinstance(only, str | None):
+        raise ValueError("expected a text, or a list of token ids")
+    return only
 
 
 class _Body(BaseModel):
@@ -152,7 +156,11 @@ class ChatBody(GenerationBody):
 
 
 class CompletionBody(GenerationBody):
-    prompt: Annotated[str, BeforeValidator(_only_text)]
+    """A text, ids of the decoder's tokenizer, or `prompt_embeds` as vLLM takes them."""
+
+    prompt: Annotated[Any, BeforeValidator(_text_or_ids)] = None
+    prompt_embeds: str | None = None
+    return_token_ids: bool | None = False
 
 
 class CompressBody(_RequestBody):
@@ -183,11 +191,13 @@ class Delta(NamedTuple):
     text: new text, possibly none.
     num_tokens: tokens generated so far.
     finish: reason of the end; None before it.
+    ids: all tokens of the answer, at its end; None if they are unknown.
     """
 
     text: str
     num_tokens: int
     finish: Finish | None = None
+    ids: tuple[int, ...] | None = None
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
@@ -280,10 +290,15 @@ class Frame:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def answer(self, text: str, finish: Finish | None, usage: Usage) -> dict[str, Any]:
+    def answer(
+        self, text: str, finish: Finish | None, usage: Usage, ids: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """A whole answer. `ids`: its tokens, if the request wants them and they are known."""
         content = {"message": {"role": "assistant", "content": text}} if self.kind == "chat" else {"text": text}
         name = "chat.completion" if self.kind == "chat" else "text_completion"
-        return self._frame(name, [{"index": 0, **content, "logprobs": None, "finish_reason": finish}], usage)
+        named = {} if ids is None else {"token_ids": list(ids)}
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish, **named}
+        return self._frame(name, [choice], usage)
 
     def chunk(self, text: str, finish: Finish | None, *, is_first: bool) -> dict[str, Any]:
         """One event of a stream. The first one of a chat names the role."""

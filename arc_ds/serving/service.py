@@ -12,11 +12,14 @@ from safetensors.torch import save
 
 from arc_ds.batch.segments import Marker, Segment, TokenIds
 from arc_ds.data.tasks.chat import Layout
-from arc_ds.errors import ArcError
-from arc_ds.inference.arc import ArcModel, Context
+from arc_ds.errors import ArcError, DataError
+from arc_ds.inference.arc import ArcModel, Context, Vectors
+from arc_ds.inference.prompt import Parts
+from arc_ds.inference.prompt_embeds import decode_tensor
+from arc_ds.inference.reader import check_ids
 from arc_ds.serving import prompts
 from arc_ds.serving.compressions import Compressions
-from arc_ds.serving.generation import Generation
+from arc_ds.serving.generation import Generation, given_rows
 from arc_ds.serving.metrics import Metrics
 from arc_ds.serving.protocol import (
     ChatBody,
@@ -46,6 +49,7 @@ class GenerationRequest(NamedTuple):
     options: how to answer.
     is_stream: whether the answer comes as a stream.
     with_usage: whether the stream ends with the counts.
+    with_ids: whether the answer names its tokens.
     """
 
     question: Question
@@ -53,6 +57,7 @@ class GenerationRequest(NamedTuple):
     options: Options
     is_stream: bool
     with_usage: bool
+    with_ids: bool = False
 
 
 class Reply(NamedTuple):
@@ -104,6 +109,12 @@ class Service:
     async def __aexit__(self, *_: object) -> None:
         await self._open.aclose()
 
+    @property
+    def max_rows(self) -> int:
+        """Longest prompt plus answer, in rows of the decoder."""
+        stated = self._model.decoder_max_positions[self._decoder] if self._has_decoder else None
+        return min(self.settings.prompt_rows, stated or self.settings.prompt_rows)
+
     def read(self, kind: Kind, raw: bytes) -> GenerationRequest:
         """Check and tokenise the body of a request. Takes time, so it runs in a thread. Raises RequestError."""
         plain = parse_json(raw)
@@ -136,6 +147,10 @@ class Service:
     def _read_completion(self, plain: dict[str, Any]) -> GenerationRequest:
         body = read_body(CompletionBody, plain, self.settings)
         options = read_options(body, self.settings)
+        if (body.prompt is None) == (body.prompt_embeds is None):
+            raise RequestError(400, "give either `prompt` or `prompt_embeds`", param="prompt")
+        if body.prompt_embeds is not None or isinstance(body.prompt, list):
+            return self._request(body, Question(self._given_parts(body), text=body.prompt), options)
         parts = prompts.read_completion(body, self._marker)
         documents = [part for part in parts if isinstance(part, Context)]
         self._check_size(documents, body.prompt)
@@ -149,6 +164,30 @@ class Service:
         segments = self._model.segments(list(parts), self._decoder) if self._has_decoder else None
         return self._request(body, Question(segments, text=prompts.as_text(parts)), options)
 
+    def _given_parts(self, body: CompletionBody) -> Parts:
+        """A prompt of token ids, or of rows, which the decoder reads as they are."""
+        if body.documents:
+            raise RequestError(400, "`documents` need a prompt that is a text", param="documents")
+        if not self._has_decoder:
+            raise RequestError(400, "this server has no files of the decoder, so it takes texts only", param="prompt")
+        decoder = self._model.decoders[self._decoder]
+        if body.prompt_embeds is None:
+            check_ids("decoder", TokenIds(body.prompt), decoder.vocab_size)
+            return [Segment.text(body.prompt)]
+        if not self.settings.prompt_embeds:
+            raise RequestError(
+                400,
+                "this server takes no `prompt_embeds`: start it with --prompt-embeds",
+                param="prompt_embeds",
+                code="unsupported_parameter",
+            )
+        try:
+            rows_RD = decode_tensor(body.prompt_embeds, decoder.hidden_size)
+        except DataError as error:
+            raise RequestError(400, f"`prompt_embeds`: {error}", param="prompt_embeds") from error
+        # The empty segment says that these are parts as the decoder reads them, without a begin-of-text token.
+        return [Segment.text([]), Vectors(rows_RD)]
+
     def _request(
         self,
         body: ChatBody | CompletionBody,
@@ -158,12 +197,13 @@ class Service:
     ) -> GenerationRequest:
         """`contexts`: of a question without segments."""
         if question.segments is not None:
-            contexts = [segment for segment in question.segments if segment.kind == "context"]
+            contexts = [part for part in question.segments if isinstance(part, Segment) and part.kind == "context"]
         self._check_contexts(contexts)
-        if question.segments is not None and not any(len(segment.ids) for segment in question.segments):
+        if question.segments is not None and not contexts and not given_rows(question.segments):
             raise RequestError(400, "the prompt is empty: give it text or documents", param="prompt")
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return GenerationRequest(question, tuple(contexts), options, bool(body.stream), usage)
+        with_ids = isinstance(body, CompletionBody) and bool(body.return_token_ids)
+        return GenerationRequest(question, tuple(contexts), options, bool(body.stream), usage, with_ids)
 
     def read_documents(self, raw: bytes) -> tuple[Segment, ...]:
         """The contexts of a body of `/v1/compress`. Raises RequestError."""
@@ -189,9 +229,8 @@ class Service:
         found = await self._compressions.vectors(request.contexts)
         vectors = [one.vectors for one in found]
         compressed_rows = sum(map(len, vectors))
-        texts = [segment.ids for segment in request.question.segments or () if segment.kind == "text"]
         usage = Usage(
-            prompt_tokens=compressed_rows + sum(map(len, texts)),
+            prompt_tokens=compressed_rows + given_rows(request.question.segments or ()),
             completion_tokens=0,
             encoder_tokens=sum(len(context.ids) for context in request.contexts),
             compressed_rows=compressed_rows,
@@ -258,8 +297,7 @@ class Service:
 
     def _fitting(self, options: Options, rows: int) -> Options:
         """The options for a prompt of that many rows. Raises RequestError if it is too long for the decoder."""
-        stated = self._model.decoder_max_positions[self._decoder] if self._has_decoder else None
-        limit = min(self.settings.prompt_rows, stated or self.settings.prompt_rows)
+        limit = self.max_rows
         if options.is_default_length:
             options = replace(options, max_tokens=max(1, min(options.max_tokens, limit - rows)))
         if rows + options.max_tokens > limit:

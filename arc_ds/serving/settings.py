@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from arc_ds.system.urls import api_base
+
 MIB, GIB = 1 << 20, 1 << 30
 
 
@@ -35,6 +37,7 @@ class Settings:
     cache_bytes: memory for compressed vectors.
     cache_dir: folder for compressed vectors; None for memory only.
     disk_bytes: size of that folder.
+    prompt_embeds: whether a completion may bring the decoder's rows instead of a prompt.
     """
 
     name: str = "arc"
@@ -58,6 +61,7 @@ class Settings:
     cache_bytes: int = GIB
     cache_dir: Path | None = None
     disk_bytes: int = 10 * GIB
+    prompt_embeds: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,4 +81,4 @@ class UpstreamSettings:
 
     @property
     def base(self) -> str:
-        return f"{self.url.rstrip('/').removesuffix('/v1')}/v1"
+        return api_base(self.url)

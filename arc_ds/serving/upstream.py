@@ -18,8 +18,9 @@ import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 from torch import Tensor
 
-from arc_ds.batch.segments import Segment
 from arc_ds.inference.arc import ArcModel, Context
+from arc_ds.inference.openai_client import ConnectionFault, connection_faults, open_session, refusal_of
+from arc_ds.inference.prompt import Parts
 from arc_ds.serving import prompts
 from arc_ds.serving.engines import vllm_chat, vllm_completion
 from arc_ds.serving.metrics import Metrics
@@ -29,9 +30,6 @@ from arc_ds.serving.settings import UpstreamSettings
 logger = logging.getLogger(__name__)
 
 FALLBACK_HEADER = "x-arc-fallback"
-_CONNECT_S = 10.0
-_LINE_BYTES = 1 << 20
-_ERROR_BYTES = 1 << 16
 # An upstream that does not know `prompt_embeds`, or refuses them, answers with one of these.
 _REFUSALS = frozenset((400, 404, 405, 413, 415, 422, 501))
 
@@ -41,12 +39,12 @@ class Question(NamedTuple):
 
     segments: the decoder's sequence; None without the decoder's files.
     chat: the conversation; None for a completion.
-    text: the prompt of a completion, with the documents' text.
+    text: the prompt of a completion, with the documents' text, or its token ids; None if it came as rows.
     """
 
-    segments: Sequence[Segment] | None
+    segments: Parts | None
     chat: prompts.Chat | None = None
-    text: str = ""
+    text: str | Sequence[int] | None = ""
 
 
 class Upstream:
@@ -60,13 +58,7 @@ class Upstream:
         self._warned = False
 
     async def __aenter__(self) -> Upstream:
-        key = self._settings.api_key
-        self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=self._settings.silence_s),
-            headers={} if key is None else {"authorization": f"Bearer {key}"},
-            read_bufsize=_LINE_BYTES,
-            connector=aiohttp.TCPConnector(limit=0),
-        )
+        self._session = open_session(self._settings.api_key, self._settings.silence_s)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -86,7 +78,7 @@ class Upstream:
         if response.status == 200:
             return self._deltas(kind, response, options), None
         reason = await self._fault_of(response)
-        if response.status not in _REFUSALS:
+        if response.status not in _REFUSALS or question.text is None:
             raise self._error(response, reason)
         deltas = await self._ask_with_text(question, options)
         self._metrics.fallbacks.inc()
@@ -185,33 +177,23 @@ class Upstream:
         """Turn faults of the connection into answers for the client."""
         base = self._settings.base
         try:
-            yield
-        except asyncio.TimeoutError as error:
-            message = f"the upstream {base} was silent for too long; try again later"
-            raise self._counted("timeout", message, status=504) from error
-        except aiohttp.ClientConnectorError as error:
-            message = (
-                f"the upstream {base} cannot be reached ({error.os_error.strerror or error.os_error}). Start it, or "
-                "start this server with its address as --upstream."
-            )
-            raise self._counted("unreachable", message) from error
-        except aiohttp.ClientError as error:
-            message = f"the connection to the upstream {base} broke ({type(error).__name__}); try again"
-            raise self._counted("broken", message) from error
+            async with connection_faults():
+                yield
+        except ConnectionFault as fault:
+            if fault.kind == "timeout":
+                message = f"the upstream {base} was silent for too long; try again later"
+                raise self._counted(fault.kind, message, status=504) from fault
+            message = f"the connection to the upstream {base} broke ({fault}); try again"
+            if fault.kind == "unreachable":
+                message = (
+                    f"the upstream {base} cannot be reached ({fault}). Start it, or start this server with its address "
+                    "as --upstream."
+                )
+            raise self._counted(fault.kind, message) from fault
 
     async def _fault_of(self, response: aiohttp.ClientResponse) -> str:
-        """The upstream's own words about a refused request, in one line."""
-        try:
-            async with self._faults():
-                raw = await response.content.read(_ERROR_BYTES)
-        finally:
-            response.close()
-        try:
-            plain = json.loads(raw)
-            words = plain.get("error", plain).get("message", "")
-        except (ValueError, AttributeError):
-            words = raw.decode("utf-8", "replace")
-        return " ".join(str(words).split())[:300]
+        async with self._faults():
+            return await refusal_of(response)
 
     def _error(self, response: aiohttp.ClientResponse, reason: str) -> RequestError:
         """The answer for the client to a status other than 200."""

@@ -53,6 +53,11 @@ def join_url(base: str, name: str) -> str:
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
 
 
+def api_base(url: str) -> str:
+    """The address to which the paths of OpenAI's API are appended. The given one may lack /v1."""
+    return f"{url.rstrip('/').removesuffix('/v1')}/v1"
+
+
 def name_in_url(url: str) -> str:
     """The last part of a URL's path."""
     path = unquote(_split(web_url(url)).path) if _is_web(url) else url

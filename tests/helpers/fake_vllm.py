@@ -29,16 +29,33 @@ class FakeVllm:
 
     model: its decoder.
     takes_embeddings: whether it runs with --enable-prompt-embeds.
+    names_tokens: whether it knows vLLM's additions to OpenAI's API: ids, log probabilities and stops of an answer.
     behaviour: returns an answer in place of the usual one, or None.
+    max_rows: its --max-model-len.
     bodies: the requests so far.
     """
 
-    def __init__(self, model: ArcModel, *, takes_embeddings: bool = True, behaviour: Behaviour | None = None) -> None:
+    def __init__(
+        self,
+        model: ArcModel,
+        *,
+        takes_embeddings: bool = True,
+        names_tokens: bool = True,
+        behaviour: Behaviour | None = None,
+        max_rows: int = 4096,
+    ) -> None:
         self.model, self.takes_embeddings, self.behaviour = model, takes_embeddings, behaviour
+        self.names_tokens, self.max_rows = names_tokens, max_rows
         self.bodies: list[dict[str, Any]] = []
         self.app = FastAPI()
         self.app.post("/v1/completions", response_model=None)(self.completions)
         self.app.post("/v1/chat/completions", response_model=None)(self.chat)
+        self.app.get("/v1/models")(self.models)
+        self.app.get("/version")(lambda: {"version": "0.1.2"})
+
+    def models(self) -> dict[str, Any]:
+        entry = {"id": "decoder", "owned_by": "vllm", "root": "/models/decoder", "max_model_len": self.max_rows}
+        return {"object": "list", "data": [entry]}
 
     async def completions(self, request: Request) -> Response:
         body = await self._body(request)
@@ -74,14 +91,48 @@ class FakeVllm:
         answer = None if self.behaviour is None else self.behaviour(body)
         return body if answer is None else answer
 
-    def _embedded(self, text: str) -> Tensor:
-        (rows,) = self.model.prompt_embeds([text])
+    def _embedded(self, text: str | list[int]) -> Tensor:
+        (rows,) = self.model.prompt_embeds([text if isinstance(text, str) else [Segment.text(text)]])
         return rows
+
+    def _whole(self, body: dict[str, Any], rows: Tensor, ids: list[int]) -> Response:
+        """An answer that is not streamed. As in vLLM, it names the token that ended it, but not the text."""
+        decode, stops = self.model.decoder_tokenizers[0].decode, body.get("stop", [])
+        kept = next((n for n in range(len(ids) + 1) if any(stop in decode(ids[:n]) for stop in stops)), None)
+        reason: str | int | None = None
+        finish, named = "length", ids
+        if kept is not None:
+            named, finish = ids[:kept], "stop"
+            reason = next(stop for stop in stops if stop in decode(named))
+        elif len(ids) < body["max_tokens"]:
+            finish, reason = "stop", body["stop_token_ids"][0]
+            named = [*ids, body["stop_token_ids"][0]]
+        text = decode(ids if kept is None else named)
+        for stop in stops:
+            text = text.split(stop)[0]
+        choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": finish}
+        if self.names_tokens:
+            choice |= {"stop_reason": reason, "token_ids": named if body.get("return_token_ids") else None}
+            if body.get("prompt_logprobs") is not None:
+                entries = [{str(idx): {"logprob": value}} for idx, value in self._logprobs(body["prompt"])]
+                choice["prompt_logprobs"] = [None, *entries]
+        if body.get("echo"):
+            values = [value for _, value in self._logprobs(body["prompt"])]
+            choice["logprobs"] = {"token_logprobs": [None, *values, -1.0]}
+        usage = {"prompt_tokens": len(rows), "completion_tokens": len(named if self.names_tokens else ids[:kept])}
+        return JSONResponse({"model": body["model"], "choices": [choice], "usage": usage})
+
+    def _logprobs(self, ids: list[int]) -> list[tuple[int, float]]:
+        """Each token of a prompt but the first one, with its log probability."""
+        (logits,) = self.model.logits([[Segment.text(ids)]])
+        values = torch.log_softmax(logits, dim=-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        return list(zip(ids[1:], values.tolist(), strict=True))
 
     def _stream(self, body: dict[str, Any], rows: Tensor, choice: Callable[[str], dict[str, Any]]) -> Response:
         ids = continue_rows(self.model, rows, body["max_tokens"], body.get("stop_token_ids", []))
+        if not body["stream"]:
+            return self._whole(body, rows, ids)
         tokenizer = self.model.decoder_tokenizers[0]
-        assert body["stream"] is True
         text = tokenizer.decode(ids)
         for stop in body.get("stop", []):
             text = text.split(stop)[0]

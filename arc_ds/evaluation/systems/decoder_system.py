@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
@@ -22,6 +23,7 @@ from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.sample import Document, EvalPrompt
 from arc_ds.evaluation.systems.budget import Budget, Part, choose_sentences, chunk_ids, cut_to, rows_of_arc
 from arc_ds.evaluation.systems.kind import SystemKind, SystemSettings
+from arc_ds.evaluation.systems.served import ServedReader, ServerSection, open_text_reader, open_vector_reader
 from arc_ds.evaluation.systems.system import Answer, AnswerNll
 from arc_ds.inference.arc import ArcModel
 from arc_ds.inference.decoders import Implementation
@@ -139,6 +141,8 @@ class DecoderSystem(ABC):
         return lengths
 
     def _description(self, kind: str, **others: Any) -> dict[str, Any]:
+        if isinstance(self.reader, ServedReader):
+            return {"kind": kind, "decoder": self.reader.name, **self.reader.record(), **others}
         decoder = self.reader.decoder
         return {
             "kind": kind,
@@ -225,6 +229,7 @@ class ArcSystem(DecoderSystem):
             raise ConfigError(f"{name}: the encoder has no tokenizer. Set encoder_backbone to a folder that has one.")
         model.check_port(decoder_idx, marker)
         self.model, self._marker, self._chunk_tokens = model, marker, chunk_tokens
+        self._encoder_lock = Lock()  # of the threads that answer through a server
         encoder = model.encoder_tokenizer
         self._chunk_lengths: Callable[[str], list[int]] = lru_cache(_NUM_KEPT)(
             lambda text: list(map(len, chunk_ids(text, encoder, chunk_tokens)))
@@ -279,7 +284,8 @@ class ArcSystem(DecoderSystem):
             part.text for prompt in prompts[:1] for part in prompt.examples if isinstance(part, Document)
         )
         others = dict.fromkeys(text for prompt in prompts for text in _documents(prompt) if text not in examples)
-        found = {**self._vectors(tuple(examples)), **self._vectors(tuple(others))}
+        with self._encoder_lock:
+            found = {**self._vectors(tuple(examples)), **self._vectors(tuple(others))}
         return [
             [Vectors(found[part.text]) if isinstance(part, Document) else part for part in prompt.parts]
             for prompt in prompts
@@ -337,10 +343,15 @@ class DecoderSection:
     """Rotary scaling: the checkpoint's own, or none."""
     implementation: Implementation = "auto"
     """native: our transformer. transformers: the model's own code. auto: native if it knows the decoder."""
+    server: ServerSection | None = None
+    """A server that runs the decoder. `decoder` then needs no weights: its tokenizer and sizes are read."""
 
     def open(self, settings: SystemSettings) -> DecoderReader:
-        """Load the decoder. Systems of one evaluation share it."""
+        """Load the decoder. Systems of one evaluation share it, unless a server runs it."""
         path, options = Path(self.decoder), (self.bos, self.rope_scaling, self.implementation)
+        if self.server is not None:
+            bos, scaling, implementation = options
+            return open_text_reader(self.server, path, bos=bos, rope_scaling=scaling, implementation=implementation)
 
         def load() -> DecoderReader:
             bos, scaling, implementation = options
@@ -444,6 +455,8 @@ class ArcSection(CompressionSection):
     """Weights folders or .gguf files of its decoders, in the order of the ports, up to the one that answers."""
     decoder_idx: Count = 0
     """The port and the decoder that answers."""
+    server: ServerSection | None = None
+    """A server that runs the decoder. Only the embedding tables of `decoders` are read then."""
 
 
 def build_arc(section: ArcSection, settings: SystemSettings) -> ArcSystem:
@@ -460,9 +473,15 @@ def build_arc(section: ArcSection, settings: SystemSettings) -> ArcSystem:
         settings.device,
         settings.dtype,
         section.pooling_factor,
+        decoder_parts="all" if section.server is None else "embedding",
     )
-    for reader, path in zip(model.readers, section.decoders, strict=True):
-        _share_decoder(reader, Path(path))
+    if section.server is not None:
+        readers, path = list(model.readers), Path(section.decoders[section.decoder_idx])
+        readers[section.decoder_idx] = open_vector_reader(section.server, readers[section.decoder_idx], path)
+        model.readers = tuple(readers)
+    else:
+        for reader, path in zip(model.readers, map(Path, section.decoders), strict=True):
+            _share_decoder(reader, path)
     # The pooling factor is data of a batch, so systems of other factors use the same weights.
     key = ("compressor", section.model, section.encoder_backbone, settings.device, settings.dtype)
     model.compressor = _once(key, lambda: model.compressor)

@@ -21,6 +21,7 @@ from safetensors.torch import load
 
 from arc_ds import ArcModel, Context
 from arc_ds.export.formats import write_export
+from arc_ds.inference.prompt_embeds import encode_tensor
 from arc_ds.serving import compressions
 from tests.helpers.served import Served, served
 from tests.helpers.tiny_export import tiny_trained, write_decoder
@@ -120,6 +121,25 @@ def test_special_tokens_and_ends_of_the_decoder_stop_an_answer(server: Served, m
     assert reply.json["usage"]["completion_tokens"] == ids.index(ids[10])
 
 
+def test_a_prompt_may_be_token_ids_or_rows(server: Served, model: ArcModel) -> None:
+    parts = ["Text: ", Context(OTHER), " so"]
+    (rows,) = model.prompt_embeds([parts])
+    (ids,) = model.generate_ids([model.segments(parts)], max_new_tokens=20)
+    body = {"prompt_embeds": encode_tensor(rows), "max_tokens": 20, "return_token_ids": True}
+    with served(model, prompt_embeds=True) as open_server:
+        reply = open_server.ask("/v1/completions", body)
+        wrong = open_server.ask("/v1/completions", {**body, "prompt_embeds": encode_tensor(rows[:, 1:])})
+    assert reply.json["choices"][0]["token_ids"] == ids and reply.json["usage"]["prompt_tokens"] == len(rows)
+    assert wrong.status == 400 and "expected base64 of torch.save" in wrong.error["message"]
+    prompt = [idx for segment in model.segments("Text: so") for idx in segment.ids.array.tolist()]
+    by_ids, by_text = (
+        server.ask("/v1/completions", {"prompt": each, "max_tokens": 9}) for each in (prompt, "Text: so")
+    )
+    assert by_ids.text == by_text.text and "token_ids" not in by_ids.json["choices"][0]
+    assert server.ask("/version").json["version"]
+    assert server.ask("/v1/models").json["data"][0]["max_model_len"] == server.service.max_rows
+
+
 def test_vectors_come_as_safetensors(server: Served, model: ArcModel) -> None:
     reply = server.ask("/v1/compress", {"documents": [DOCUMENT, OTHER, DOCUMENT]})
     found = load(reply.raw)
@@ -177,6 +197,13 @@ MISTAKES: list[tuple[str, Any, int, str]] = [
     ("chat/completions", chat(tools=[{}]), 400, "`tools` is not supported"),
     ("chat/completions", chat(model="gpt-4"), 404, "the model 'gpt-4' does not exist here; this server has 'arc'"),
     ("completions", {"prompt": ["a", "b"]}, 400, "`prompt`"),
+    ("completions", {"prompt": [1, -1]}, 400, "`prompt`"),
+    ("completions", {"prompt": [1, 350]}, 400, "token ids 1 to 350 for the decoder; expected 0 to 349"),
+    ("completions", {"prompt": []}, 400, "the prompt is empty"),
+    ("completions", {"prompt": [1], "documents": ["a"]}, 400, "`documents` need a prompt that is a text"),
+    ("completions", {}, 400, "give either `prompt` or `prompt_embeds`"),
+    ("completions", {"prompt": "a", "prompt_embeds": "b"}, 400, "give either `prompt` or `prompt_embeds`"),
+    ("completions", {"prompt_embeds": "b"}, 400, "start it with --prompt-embeds"),
     ("completions", {"prompt": "<context>a"}, 400, "unmatched <context>"),
     ("completions", {"prompt": "a", "logprobs": 3}, 400, "`logprobs` is not supported"),
     ("completions", {"prompt": "\udc00"}, 400, "characters that UTF-8 cannot encode"),

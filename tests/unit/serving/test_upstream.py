@@ -17,7 +17,7 @@ import torch
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from arc_ds import ArcModel, Context
-from arc_ds.serving.engines import cache_salt
+from arc_ds.serving.engines import cache_salt, encode_tensor
 from arc_ds.serving.settings import UpstreamSettings
 from tests.helpers.fake_vllm import FakeVllm, continue_rows, serving
 from tests.helpers.served import Served, served
@@ -91,6 +91,22 @@ def test_an_upstream_that_refuses_vectors_gets_the_text(
         assert found.metric("arc_fallbacks_total") == 1
     messages = fake.bodies[-1]["messages"]
     assert messages == [{"role": "user", "content": f"Document: {DOCUMENT}\nQuestion: {QUESTION}"}]
+
+
+def test_rows_and_ids_go_on_to_the_upstream(model: ArcModel, embedder: ArcModel) -> None:
+    """A refusal of rows cannot be mended by their text, that of embedded ids by the ids."""
+    parts = ["Text: ", Context(DOCUMENT), " so"]
+    (rows,) = model.prompt_embeds([parts])
+    fake, body = FakeVllm(model), {"prompt_embeds": encode_tensor(rows), "max_tokens": 9}
+    with serving(fake) as url:
+        settings = UpstreamSettings(url=url, model="decoder")
+        with served(embedder, upstream=settings, prompt_embeds=True) as found:
+            assert [found.ask("/v1/completions", body).text] == model.generate([parts], max_new_tokens=9)
+            fake.takes_embeddings = False
+            refused = found.ask("/v1/completions", body)
+            assert found.ask("/v1/completions", {"prompt": [5, 6], "max_tokens": 3}).status == 200
+    assert refused.status == 400 and "--enable-prompt-embeds" in refused.error["message"]
+    assert fake.bodies[-1]["prompt"] == [5, 6]
 
 
 def stream(*lines: str, wait_s: float = 0.0) -> Callable[[dict[str, Any]], Response]:

@@ -302,6 +302,8 @@ def test_the_slowest_link_decides() -> None:
         ("one_gpu_80gb", Machine("h100-80", 1)),
         ("one_host_8x80gb", Machine("h100-80", 8)),
         ("hosts_16x8x80gb", Machine("h100-80", 128, 16)),
+        ("finetune_llama31_8b", Machine("h100-80", 8)),
+        ("finetune_two_decoders", Machine("h100-80", 8)),
         *((f"baselines/{name}_llama31_8b", Machine("h100-80", 8)) for name in ("icae", "icae_finetune")),
         *((f"baselines/{name}_llama31_8b", Machine("h100-80", 8)) for name in ("xrag", "xrag_finetune")),
     ],

@@ -12,7 +12,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register `arc-ds demo`."""
     parser = subparsers.add_parser(
         "demo",
-        description="Trains an ARC-Encoder for SmolLM2-135M on the State of the Union speeches in about 15 minutes on "
+        description="Trains an ARC-Encoder for SmolLM2-135M on the State of the Union speeches in 5 to 15 minutes on "
         "two CPU cores. It builds shards, trains with one interruption, validates, exports, evaluates and plots.",
     )
     parser.add_argument(

@@ -62,12 +62,12 @@ def find_inputs(names: Sequence[str], experiment: str | None, uri: str | None) -
 
 
 def find_store(uri: str | None, wanted: Sequence[str] = ()) -> Store:
-    """Open the tracking store: the given one, that of MLFLOW_TRACKING_URI, or the first of `default_folders`.
+    """Open the tracking store: `uri`, else that of MLFLOW_TRACKING_URI, else the first of `default_folders`.
 
     uri: address, database, or folder of runs.
-    wanted: names that are looked up, for the error.
+    wanted: names of runs, for the error.
 
-    Raises ConfigError if there is none (DataError if names are looked up), and StorageError if it does not answer.
+    Raises ConfigError if there is none (DataError if names are given), and StorageError if it does not answer.
     """
     path = Path(user_path(uri or ""))
     if uri and path.is_file():

@@ -37,7 +37,7 @@ class TaskStats:
 
     task: its name.
     clusters_N: index of each question's cluster, in the sorted order of their names.
-    groups_N: index of each question's group, likewise.
+    groups_N: index of each question's group, in the sorted order of their names.
     by_metric: [S, N, K] for each metric, means over a question's sampled answers; the first one is the headline.
     num_empty: empty answers.
     num_blank: answers with a reference without text.

@@ -163,7 +163,7 @@ def test_shared_rows_of_the_last_call_are_kept_while_they_fit() -> None:
 
 
 def test_shared_rows_up_to_a_number_depend_on_no_earlier_call() -> None:
-    """With `max_shared`, a call reads at most these rows apart, whatever the last call has left."""
+    """With `max_shared`, a call reads at most so many rows apart. The rows of the last call do not matter."""
     found, long = make_reader(), ids(20, 3)
     calls = [[[*BEGIN, long, ids(n, n)] for n in (3, 4)], [[*BEGIN, ids(7, 1)]], [[*BEGIN, long, ids(2, 2)]], [BEGIN]]
     expected = []

@@ -269,8 +269,14 @@ def _part_path(folder: Path, rank: int) -> Path:
 
 
 def _leave_part(folder: Path, files: list[FileEntry] | None) -> None:
-    """Leave the entries of this rank's files for rank 0; None if it could not write them."""
-    write_whole(_part_path(folder, dist.rank()), json.dumps(files and [asdict(entry) for entry in files]))
+    """Leave the entries of this rank's files for rank 0; None if it could not write them.
+
+    The last act of a rank in the folder is this rename: rank 0 renames the folder once it sees the parts of all ranks.
+    """
+    path = _part_path(folder, dist.rank())
+    partial_path = path.with_name(f".{path.name}.partial")
+    partial_path.write_text(json.dumps(files and [asdict(entry) for entry in files]), encoding="utf-8")
+    partial_path.replace(path)
 
 
 def _remove_own_files(folder: Path) -> None:

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = "lock"
 # The children of a process that was just killed may hold its lock for an instant.
 _PATIENCE_S = 1.0
+# A holder may remove the new folder at any point of its opening here, but hardly so often in a row.
+_TRIES = 20
 
 
 @contextmanager
@@ -52,9 +54,15 @@ def writing(
 def _locked(folder: Path, what: str, error: type[ArcError], cure: str) -> IO[bytes]:
     """The open file of the lock. Raises `error` if another process holds it."""
     deadline, path = time.monotonic() + _PATIENCE_S, folder / LOCK_FILE
+    tries = 0
     while True:
-        file = _open(path)
-        if file is not None:
+        try:
+            file = _open(path)
+        except (FileNotFoundError, FileExistsError):  # `mkdir` raises either for a folder that vanishes meanwhile
+            tries += 1
+            if tries == _TRIES:
+                raise
+        else:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -72,13 +80,11 @@ def _locked(folder: Path, what: str, error: type[ArcError], cure: str) -> IO[byt
         time.sleep(_PATIENCE_S / 10)
 
 
-def _open(path: Path) -> IO[bytes] | None:
-    """Open the lock and create it if missing; None if its holder has removed the new folder meanwhile."""
+def _open(path: Path) -> IO[bytes]:
+    """Open the lock; create it and its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         return path.open("ab", buffering=0)  # a full disk must not fail at its end
-    except FileNotFoundError:
-        return None
     except PermissionError:  # another user's; reading suffices for flock on most file systems
         if not path.exists():
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from arc_ds.config.load import load_config
 from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.errors import StorageError
 from arc_ds.launch.exit_codes import EXIT_DATA, EXIT_DISK_FULL, EXIT_OK, exit_code_of
-from arc_ds.system import dist
+from arc_ds.system import dist, files
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.train import train
 from arc_ds.training.build import build_run
@@ -78,10 +79,20 @@ def run_with(config: str, run_dir: Path, overrides: list[str], changes: dict[int
              "validation.every=0"]  # fmt: skip
     settings = load_config(config, [*fixed, *overrides])
     run = build_run(settings, torch.device("cpu"))
-    try:
-        return train(settings, run, [AtStep(changes)]), run.step, ""
-    except StorageError as error:
-        return exit_code_of(error), run.step, str(error)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if not dist.is_main():
+            monkeypatch.setattr(files, "sync", _sync_late)
+        try:
+            return train(settings, run, [AtStep(changes)]), run.step, ""
+        except StorageError as error:
+            return exit_code_of(error), run.step, str(error)
+
+
+def _sync_late(path: Path, sync: Callable[[Path], None] = files.sync) -> None:
+    """Sync folders so late that rank 0 can rename a checkpoint's folder before another rank syncs it."""
+    if path.is_dir():
+        time.sleep(0.3)
+    sync(path)
 
 
 @pytest.fixture

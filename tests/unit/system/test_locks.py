@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -90,6 +91,32 @@ def test_a_lock_that_was_removed_before_it_was_held_is_taken_anew(
     monkeypatch.setattr(fcntl, "flock", remove_first)
     with writing(tmp_path, "run"), pytest.raises(DataError), writing(tmp_path, "run"):
         pass
+
+
+@pytest.mark.parametrize("when", ["before mkdir looks again", "before the lock is opened"])
+def test_a_new_folder_that_its_holder_removes_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    folder, mkdir, calls = tmp_path / "new", os.mkdir, []
+
+    def disturbed(path: Path, mode: int = 0o777) -> None:
+        calls.append(path)
+        if len(calls) > 1:
+            mkdir(path, mode)
+        elif when == "before mkdir looks again":
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+
+    monkeypatch.setattr(os, "mkdir", disturbed)
+    with writing(folder, "run"):
+        assert (folder / LOCK_FILE).exists()
+    assert calls == [folder] * 2
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _seconds: None))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError), writing(tmp_path / "file", "run"):
+        pytest.fail("no folder is there")
 
 
 def test_a_file_system_without_locks_is_no_error(

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypedDict
 
 from arc_ds.config.ranges import Count, NonNegativeFloat, Positive, PositiveFloat, Range
 from arc_ds.errors import ConfigError
-from arc_ds.system.user_paths import user_path
+from arc_ds.system.user_paths import absolute_path, user_path
 
 DeviceName = Literal["auto", "cuda", "cpu"]
 RopeScalingChoice = Literal["checkpoint", "none"]
@@ -27,6 +27,7 @@ PoolingStrategy = Literal[
 ]  # fmt: skip
 # A path of a user: `~` is the home folder.
 PathText = Annotated[str, user_path]
+FilePath = Annotated[str, absolute_path]
 ShareSchedule = tuple[tuple[int, float], ...]
 Factor = Annotated[int, Range(at_least=1, cure="A factor is tokens per group: 1 keeps every token, 8 is the paper's.")]
 Decay = Annotated[float, Range(at_least=0, below=1)]

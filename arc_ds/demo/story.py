@@ -154,9 +154,8 @@ def _use(export: Path) -> None:
 
 def _evaluate(run_dir: Path, out: Path) -> None:
     """Evaluate the export, and write the reports of the evaluation and of the run."""
-    # In a clone the config stays as it is, so that the user's own `arc-ds eval run` finds its results.
-    elsewhere = [] if QUESTIONS.is_file() else [f"tasks.0.path={_beside_package(QUESTIONS)}"]
-    _run(["eval", "run", str(_beside_package(EVALUATION)), *elsewhere])
+    questions = f"tasks.0.path={_beside_package(QUESTIONS)}"
+    _run(["eval", "run", str(_beside_package(EVALUATION)), questions])
     _run(["eval", "report", str(out / "eval"), "--out", str(out / "report"), "--metric", "f1"])
     _run(["compare", str(run_dir), "--out", str(out / "comparison")])
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from arc_ds.config.decode import decode, nearest
 from arc_ds.config.ranges import Count, Positive, PositiveFloat, Range
-from arc_ds.config.schema import DeviceName, PathText
+from arc_ds.config.schema import DeviceName, FilePath
 from arc_ds.config.tree import Entry, apply_override, parse_yaml
 from arc_ds.errors import ConfigError
 from arc_ds.evaluation.datasets import find_task
@@ -83,9 +83,9 @@ class TaskConfig:
 
     name: Annotated[str, _task_name]
     """One of `datasets.TASKS`, or a pair of FLORES (`flores:eng-fra`)."""
-    path: PathText
+    path: FilePath
     """File or folder of the tested samples, in a format that the task reads."""
-    examples: PathText | None = None
+    examples: FilePath | None = None
     """File or folder of the in-context examples. None: samples of the tested file, which are not tested."""
     max_samples: Positive | None = None
     """How many samples are asked, of each direction if the task translates. None: all."""
@@ -101,7 +101,7 @@ class TaskConfig:
 class EvalConfig:
     """A whole evaluation. Relative paths start at the folder in which the command runs."""
 
-    output: PathText
+    output: FilePath
     """Folder for predictions and scores. It is created if it does not exist. If it holds an unfinished evaluation of
     this config, the evaluation goes on."""
     protocol: ProtocolChoice = ProtocolChoice()

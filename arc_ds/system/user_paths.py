@@ -38,6 +38,12 @@ def user_path(text: str) -> str:
     return text
 
 
+def absolute_path(text: str) -> str:
+    """`user_path`, absolute. URLs stay. Two spellings of a file are then one, in whatever folder a command runs."""
+    path = user_path(text)
+    return path if is_url(path) else os.path.abspath(path)
+
+
 def path_argument(text: str) -> Path:
     """`user_path` as a Path: the `type` of a command's arguments."""
     path = Path(user_path(text))

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from arc_ds.batch.segments import TokenIds
 from arc_ds.config.ranges import Positive
-from arc_ds.config.schema import PathText
+from arc_ds.config.schema import FilePath
 from arc_ds.data.order.randomness import random_words
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.sample import Document, EvalPrompt
@@ -227,7 +227,7 @@ def _texts(prompt: EvalPrompt) -> tuple[str, str]:
 class CepedSection:
     """Keys of `ceped`."""
 
-    model: PathText
+    model: FilePath
     """Folder of a CEPED model with its tokenizer, in the layout of hyen/CEPED-LLaMA-2-Chat-7B."""
     input_tokens: Positive = 2048
     """Tokens of the decoder: prompt and answer."""

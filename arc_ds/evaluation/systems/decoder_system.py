@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arc_ds.batch.segments import Marker, Segment, TokenIds
 from arc_ds.config.ranges import Count, Positive
-from arc_ds.config.schema import PathText
+from arc_ds.config.schema import FilePath
 from arc_ds.data.order.randomness import random_words
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.sample import Document, EvalPrompt
@@ -335,7 +335,7 @@ def _rows_of(parts: Parts) -> int:
 class DecoderSection:
     """Keys of a system whose decoder reads text."""
 
-    decoder: PathText
+    decoder: FilePath
     """Weights folder or .gguf file of the decoder, with its tokenizer."""
     bos: bool = True
     """Whether prompts begin with the tokenizer's begin-of-text token, if there is one."""
@@ -388,7 +388,7 @@ def _share_decoder(reader: DecoderReader, path: Path) -> None:
 class CompressionSection:
     """Keys of the compression by an ARC-Encoder."""
 
-    encoder_backbone: PathText | None = None
+    encoder_backbone: FilePath | None = None
     """Folder of the encoder's backbone, which checkpoints of the reference need."""
     pooling_factor: Positive | None = None
     """Replaces the factor of the last pooled layer. None: that of training."""
@@ -410,7 +410,7 @@ class ShortenedSection(DecoderSection, CompressionSection):
 
     tokens: Positive | None = None
     """Decoder tokens of each document."""
-    like: PathText | None = None
+    like: FilePath | None = None
     """An export or ARC checkpoint: each document gets as many tokens as its vectors and markers take rows. Give the
     other keys of the `arc` system, too (pooling_factor, marker, chunk_tokens)."""
 
@@ -449,9 +449,9 @@ class TruncatedSection(ShortenedSection):
 class ArcSection(CompressionSection):
     """Keys of `arc`."""
 
-    model: PathText
+    model: FilePath
     """An export, or a checkpoint in the ARC format."""
-    decoders: tuple[PathText, ...]
+    decoders: tuple[FilePath, ...]
     """Weights folders or .gguf files of its decoders, in the order of the ports, up to the one that answers."""
     decoder_idx: Count = 0
     """The port and the decoder that answers."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from arc_ds.config.ranges import Range
-from arc_ds.config.schema import PathText
+from arc_ds.config.schema import FilePath
 from arc_ds.errors import ConfigError, WeightsError
 from arc_ds.evaluation.systems.decoder_system import DecoderSection, TextSystem
 from arc_ds.evaluation.systems.kind import SystemKind, SystemSettings
@@ -226,7 +226,7 @@ def _classify(
 class LlmLingua2Section(DecoderSection):
     """Keys of `llmlingua2`."""
 
-    classifier: PathText
+    classifier: FilePath
     """Folder of the token classifier, such as a copy of microsoft/llmlingua-2-xlm-roberta-large-meetingbank."""
     rate: Annotated[float, Range(above=0, below=1)]
     """Share of tokens that stay. The paper compares 0.5 and 0.25."""

@@ -183,6 +183,14 @@ def test_a_changed_config_or_changed_data_is_refused_with_the_difference(config:
         _evaluate(config, "seed=1")
 
 
+def test_a_path_relative_to_another_folder_is_the_same_path(
+    config: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _evaluate(config, rank=1, num_ranks=2)
+    monkeypatch.chdir(config.parent)
+    assert _all_ranks(config, 2, "tasks.0.path=../in/questions.jsonl") == expected
+
+
 def test_part_files_of_another_evaluation_are_refused(config: Path) -> None:
     (_evaluate(config, rank=1, num_ranks=2) / RUN).unlink()
     with pytest.raises(DataError, match="holds part files of another evaluation. Delete them"):

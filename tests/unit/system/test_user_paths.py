@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from arc_ds import cli
 from arc_ds.config.load import flatten, load_config
 from arc_ds.errors import ConfigError
 from arc_ds.shards.storage.cache import open_cache
-from arc_ds.system.user_paths import path_argument, user_path
+from arc_ds.system.user_paths import absolute_path, path_argument, user_path
 from arc_ds.tracking.mlflow_server import resolve_uri
 from tests.unit.config.test_config_load import MINIMAL
 
@@ -29,6 +30,8 @@ def test_a_tilde_at_the_beginning_is_the_home_folder_and_other_text_stays(home: 
     assert user_path("file:~/x") == user_path("file:///~/x") == f"file://{home}/x"
     assert user_path("sqlite:///~/m.db") == f"sqlite:///{home}/m.db"
     assert user_path("~root/x") == "/root/x"
+    assert absolute_path("~/x") == f"{home}/x" and absolute_path("a/../b") == f"{os.getcwd()}/b"
+    assert absolute_path("s3://bucket/a/../b") == "s3://bucket/a/../b"
     for text in ("./~x", "a/~/x", "auto", "-", "s3://b/~/x", "pipe:cat ~/$DIR/{}", "https://h/x?$top=1", "cost$"):
         assert user_path(text) == text
 

@@ -6,7 +6,7 @@ document, the instruction, the question and the label of the answer, each label 
 
 These details of the reference are not re-created: a space after the last colon of translations, and documents of
 examples that are not stripped (its open-book baselines); the word Document twice before the question after exactly one
-example (ARC); for long documents the Llama 2 chat form around ARC's prompts, and a note that a document was shortened.
+example (ARC); a note that a long document was shortened. Systems write prompts in a chat's turns (`systems/chat.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from arc_ds.data.order.randomness import permutation, random_words
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.metrics import metrics_of
 from arc_ds.evaluation.protocol import Protocol
-from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
+from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample, Said
 from arc_ds.evaluation.task import EvalTask
 
 logger = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ def _example_parts(
     parts: list[str | Document] = []
     for idx, example in enumerate(examples):
         parts += _block(task, example, uses_documents, num_passages)
-        parts.append(f" {_BLANK_LINES.sub(chr(10), example.references[0])}")
+        parts.append(Said(f" {_BLANK_LINES.sub(chr(10), example.references[0])}"))
         parts.append(seam if idx == len(examples) - 1 else _BETWEEN)
     return parts
 
@@ -265,7 +265,7 @@ def _block(
         yield _document(sample, num_passages)
         yield "\n"
     yield f"{question}: {sample.question}\n"
-    yield f"{answer}:"
+    yield Said(f"{answer}:")
 
 
 def _long_parts(
@@ -280,7 +280,7 @@ def _long_parts(
     yield instruction if instruction.endswith("\n") else instruction + _BETWEEN
     if question:
         yield f"{question}:\n{sample.question}{_BETWEEN}"
-    yield f"{answer}:\n"
+    yield Said(f"{answer}:\n")
 
 
 def _document(sample: EvalSample, num_passages: int | None) -> Document:
@@ -289,11 +289,12 @@ def _document(sample: EvalSample, num_passages: int | None) -> Document:
 
 
 def _joined(parts: Iterable[str | Document]) -> tuple[str | Document, ...]:
-    """The parts with neighbouring texts joined."""
+    """The parts with neighbouring texts of one kind joined."""
     joined: list[str | Document] = []
     for part in parts:
-        if joined and isinstance(part, str) and isinstance(joined[-1], str):
-            joined[-1] += part
+        before = joined[-1] if joined else None
+        if isinstance(part, str) and isinstance(before, str) and type(part) is type(before):
+            joined[-1] = type(part)(before + part)
         else:
             joined.append(part)
     return tuple(joined)

@@ -40,6 +40,12 @@ class Document:
     text: str
 
 
+class Said(str):
+    """A text of a prompt in the decoder's own words: the label of an answer, and the answer of an example after it."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalPrompt:
     """The prompt of one sample, before a system has read its documents.

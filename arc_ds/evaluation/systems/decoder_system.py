@@ -19,9 +19,11 @@ from arc_ds.batch.segments import Marker, Segment, TokenIds
 from arc_ds.config.ranges import Count, Positive
 from arc_ds.config.schema import FilePath
 from arc_ds.data.order.randomness import random_words
+from arc_ds.data.tasks.chat import PLAIN, Layout, LayoutName, read_layout
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.sample import Document, EvalPrompt
 from arc_ds.evaluation.systems.budget import Budget, Part, choose_sentences, chunk_ids, cut_to, rows_of_arc
+from arc_ds.evaluation.systems.chat import chat_parts, end_ids
 from arc_ds.evaluation.systems.kind import SystemKind, SystemSettings
 from arc_ds.evaluation.systems.served import ServedReader, ServerSection, open_text_reader, open_vector_reader
 from arc_ds.evaluation.systems.system import Answer, AnswerNll
@@ -34,6 +36,7 @@ from arc_ds.inference.vectors import model_digest
 from arc_ds.inference.weight_samples import sample_digest
 from arc_ds.model.frozen_decoder import TransformersSizes
 from arc_ds.model.weights.hf_config import RopeScalingChoice
+from arc_ds.tokenizers import check_fits
 
 _SAMPLED_TASK = "govreport"  # of the reference's protocol
 _NUM_KEPT = 4096  # token counts of texts
@@ -46,15 +49,23 @@ class DecoderSystem(ABC):
     name: its name in results and tables.
     reader: the decoder.
     settings: seed and protocol of the evaluation.
+    layout: the turns of its chat; the plain layout reads running text.
     texts_apart: see `ArcModel`.
     """
 
     uses_documents = True
 
     def __init__(
-        self, name: str, reader: DecoderReader, settings: SystemSettings, *, texts_apart: bool = False
+        self,
+        name: str,
+        reader: DecoderReader,
+        settings: SystemSettings,
+        *,
+        layout: Layout = PLAIN,
+        texts_apart: bool = False,
     ) -> None:
-        self.name, self.reader, self._settings, self._texts_apart = name, reader, settings, texts_apart
+        self.name, self.reader, self._settings = name, reader, settings
+        self._layout, self._texts_apart = layout, texts_apart
         sizes = reader.decoder.sizes
         limits = (reader.max_positions, sizes.max_positions if isinstance(sizes, TransformersSizes) else None)
         self.max_rows = min((limit for limit in limits if limit is not None), default=None)
@@ -95,6 +106,7 @@ class DecoderSystem(ABC):
                 [self.reader.rows(read[idx], idx) for idx in members],
                 max_new_tokens=[prompts[idx].max_new_tokens for idx in members],
                 stop=stop,
+                stop_ids=end_ids(self._layout),
                 sampling=None if alone is None else self._sampling(prompts[alone]),
                 max_rows=_ANY_NUMBER,  # one batch, as planned
                 max_shared=num_shared,
@@ -122,6 +134,8 @@ class DecoderSystem(ABC):
         return [self.parts(prompt) for prompt in prompts]
 
     def _read(self, parts: list[str | Vectors], answer: str | None = None) -> tuple[Parts, TokenIds]:
+        if self._layout.is_chat:
+            return self.reader.read(chat_parts(parts, self._layout, self.reader.needed_tokenizer()), answer=answer)
         return self.reader.read(parts, answer=answer, texts_apart=self._texts_apart)
 
     def _is_sampled(self, prompt: EvalPrompt) -> bool:
@@ -135,14 +149,15 @@ class DecoderSystem(ABC):
         lengths = {"prompt_rows": num_rows, "new_tokens": num_new, **self.lengths_of_documents(prompt)}
         documents = _documents(prompt)
         if documents:
-            whole = ["".join(part.text if isinstance(part, Document) else part for part in prompt.parts)]
-            lengths["open_book_rows"] = _rows_of(self.reader.read(whole)[0])
+            whole: list[str | Vectors] = [part.text if isinstance(part, Document) else part for part in prompt.parts]
+            lengths["open_book_rows"] = _rows_of(self._read(whole)[0])
             lengths |= _counts("document_decoder_tokens", map(self._num_tokens, documents))
         return lengths
 
     def _description(self, kind: str, **others: Any) -> dict[str, Any]:
+        chat = {"chat_template": self._layout.name}
         if isinstance(self.reader, ServedReader):
-            return {"kind": kind, "decoder": self.reader.name, **self.reader.record(), **others}
+            return {"kind": kind, "decoder": self.reader.name, **self.reader.record(), **chat, **others}
         decoder = self.reader.decoder
         return {
             "kind": kind,
@@ -152,6 +167,7 @@ class DecoderSystem(ABC):
             "bos": self.reader.bos,
             "dtype": str(self.reader.dtype).removeprefix("torch."),
             "device": self.reader.device.type,
+            **chat,
             **others,
         }
 
@@ -171,20 +187,21 @@ class TextSystem(DecoderSystem):
         settings: SystemSettings,
         *,
         description: Mapping[str, Any],
+        layout: Layout = PLAIN,
         shorten: Callable[[str, str], str] | None = None,
         uses_documents: bool = True,
     ) -> None:
-        super().__init__(name, reader, settings)
+        super().__init__(name, reader, settings, layout=layout)
         self.uses_documents = uses_documents
         self._kind = dict(description)
         self._shorten = None if shorten is None else lru_cache(_NUM_KEPT)(shorten)
 
     def parts(self, prompt: EvalPrompt) -> list[str | Vectors]:
-        """The prompt as one text. Raises DataError on a document in a closed-book prompt."""
+        """The texts of the prompt. Raises DataError on a document in a closed-book prompt."""
         if not self.uses_documents and _documents(prompt):
             raise DataError(f"{self.name} reads no documents, but the prompt of {prompt.sample.id} has some.")
         texts = iter(self._texts(prompt))
-        return ["".join(next(texts) if isinstance(part, Document) else part for part in prompt.parts)]
+        return [next(texts) if isinstance(part, Document) else part for part in prompt.parts]
 
     def lengths_of_documents(self, prompt: EvalPrompt) -> dict[str, int]:
         """`kept_decoder_tokens`: the decoder's tokens of shortened documents."""
@@ -220,11 +237,12 @@ class ArcSystem(DecoderSystem):
         model: ArcModel,
         settings: SystemSettings,
         *,
+        layout: Layout = PLAIN,
         decoder_idx: int = 0,
         marker: Marker | None = "cont",
         chunk_tokens: int | None = None,
     ) -> None:
-        super().__init__(name, model.readers[decoder_idx], settings, texts_apart=model.texts_apart)
+        super().__init__(name, model.readers[decoder_idx], settings, layout=layout, texts_apart=model.texts_apart)
         if model.encoder_tokenizer is None:
             raise ConfigError(f"{name}: the encoder has no tokenizer. Set encoder_backbone to a folder that has one.")
         model.check_port(decoder_idx, marker)
@@ -343,6 +361,9 @@ class DecoderSection:
     """Rotary scaling: the checkpoint's own, or none."""
     implementation: Implementation = "auto"
     """native: our transformer. transformers: the model's own code. auto: native if it knows the decoder."""
+    chat_template: LayoutName = "none"
+    """Template in whose turns the decoder reads prompts: none (running text), llama2, chatml, or tokenizer (the one in
+    the decoder's files)."""
     server: ServerSection | None = None
     """A server that runs the decoder. `decoder` then needs no weights: its tokenizer and sizes are read."""
 
@@ -362,6 +383,17 @@ class DecoderSection:
             return reader
 
         return _once(("reader", path, *options, settings.device, settings.dtype), load)
+
+    def layout(self, reader: DecoderReader) -> Layout:
+        """The turns of `chat_template`. Raises TokenizerError if the tokenizer lacks a template or its tokens."""
+        return _layout(self.chat_template, reader, Path(self.decoder))
+
+
+def _layout(name: LayoutName, reader: DecoderReader, path: Path) -> Layout:
+    tokenizer = reader.needed_tokenizer()
+    layout = read_layout(name, tokenizer, path)
+    check_fits(tokenizer, reader.decoder.vocab_size, f"decoder {path}", layout.special_ids)
+    return layout
 
 
 # Weights take most of the memory, so systems that are alive at the same time share them.
@@ -455,6 +487,8 @@ class ArcSection(CompressionSection):
     """Weights folders or .gguf files of its decoders, in the order of the ports, up to the one that answers."""
     decoder_idx: Count = 0
     """The port and the decoder that answers."""
+    chat_template: LayoutName | Literal["auto"] = "auto"
+    """As of `open`. auto: that of training; none if the export records none."""
     server: ServerSection | None = None
     """A server that runs the decoder. Only the embedding tables of `decoders` are read then."""
 
@@ -482,6 +516,8 @@ def build_arc(section: ArcSection, settings: SystemSettings) -> ArcSystem:
     else:
         for reader, path in zip(model.readers, map(Path, section.decoders), strict=True):
             _share_decoder(reader, path)
+    reader, path = model.readers[section.decoder_idx], Path(section.decoders[section.decoder_idx])
+    name = (reader.chat_template or "none") if section.chat_template == "auto" else section.chat_template
     # The pooling factor is data of a batch, so systems of other factors use the same weights.
     key = ("compressor", section.model, section.encoder_backbone, settings.device, settings.dtype)
     model.compressor = _once(key, lambda: model.compressor)
@@ -489,32 +525,53 @@ def build_arc(section: ArcSection, settings: SystemSettings) -> ArcSystem:
         settings.name,
         model,
         settings,
+        layout=_layout(name, reader, path),
         decoder_idx=section.decoder_idx,
         marker=section.own_marker,
         chunk_tokens=section.chunk_tokens,
     )
 
 
+def text_system(
+    section: DecoderSection,
+    settings: SystemSettings,
+    reader: DecoderReader,
+    description: Mapping[str, Any],
+    *,
+    shorten: Callable[[str, str], str] | None = None,
+    uses_documents: bool = True,
+) -> TextSystem:
+    """The system of a section and its opened reader. Other arguments: see `TextSystem`."""
+    return TextSystem(
+        settings.name,
+        reader,
+        settings,
+        description=description,
+        layout=section.layout(reader),
+        shorten=shorten,
+        uses_documents=uses_documents,
+    )
+
+
 def build_closed(section: DecoderSection, settings: SystemSettings) -> TextSystem:
     """A decoder without documents."""
-    kind = {"kind": "closed"}
-    return TextSystem(settings.name, section.open(settings), settings, description=kind, uses_documents=False)
+    return text_system(section, settings, section.open(settings), {"kind": "closed"}, uses_documents=False)
 
 
 def build_open(section: DecoderSection, settings: SystemSettings) -> TextSystem:
     """A decoder with whole documents."""
-    return TextSystem(settings.name, section.open(settings), settings, description={"kind": "open"})
+    return text_system(section, settings, section.open(settings), {"kind": "open"})
 
 
 def build_truncated(section: TruncatedSection, settings: SystemSettings) -> TextSystem:
     """A decoder with a part of each document."""
     budget, reader = section.budget(settings), section.open(settings)
     tokenizer = reader.needed_tokenizer()
-    return TextSystem(
-        settings.name,
-        reader,
+    return text_system(
+        section,
         settings,
-        description={"kind": "truncated", "keep": section.keep, **section.description()},
+        reader,
+        {"kind": "truncated", "keep": section.keep, **section.description()},
         shorten=lambda text, _query: cut_to(text, budget(text), section.keep, tokenizer),
     )
 
@@ -523,11 +580,11 @@ def build_bm25(section: ShortenedSection, settings: SystemSettings) -> TextSyste
     """A decoder with the sentences of each document that BM25 chooses for the question."""
     budget, reader = section.budget(settings), section.open(settings)
     tokenizer = reader.needed_tokenizer()
-    return TextSystem(
-        settings.name,
-        reader,
+    return text_system(
+        section,
         settings,
-        description={"kind": "bm25", **section.description()},
+        reader,
+        {"kind": "bm25", **section.description()},
         shorten=lambda text, query: choose_sentences(text, query, budget(text), tokenizer),
     )
 

@@ -21,7 +21,7 @@ import torch
 from arc_ds.config.ranges import Range
 from arc_ds.config.schema import FilePath
 from arc_ds.errors import ConfigError, WeightsError
-from arc_ds.evaluation.systems.decoder_system import DecoderSection, TextSystem
+from arc_ds.evaluation.systems.decoder_system import DecoderSection, TextSystem, text_system
 from arc_ds.evaluation.systems.kind import SystemKind, SystemSettings
 from arc_ds.inference.weight_samples import sample_digest
 from arc_ds.system.user_files import check_encodable, library_reads
@@ -247,7 +247,7 @@ def build_llmlingua2(section: LlmLingua2Section, settings: SystemSettings) -> Te
         "rate": section.rate,
         "ends": section.ends,
     }
-    return TextSystem(settings.name, section.open(settings), settings, description=description, shorten=shorten)
+    return text_system(section, settings, section.open(settings), description, shorten=shorten)
 
 
 LLMLINGUA2_KIND = SystemKind(LlmLingua2Section, build_llmlingua2)

@@ -15,7 +15,7 @@ import torch
 from arc_ds import ArcModel, Context, Vectors
 from arc_ds.errors import ConfigError, DataError, WeightsError
 from arc_ds.evaluation.protocol import CLEAN, REFERENCE, Protocol
-from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
+from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample, Said
 from arc_ds.evaluation.systems import KINDS
 from arc_ds.evaluation.systems.budget import choose_sentences, cut_to, rows_of_arc, split_sentences
 from arc_ds.evaluation.systems.decoder_system import ArcSystem, DecoderSystem
@@ -46,12 +46,14 @@ def prompt(
     example: list[str | Document] = [
         "Document: ",
         Document(LAMP),
-        "\nQuestion: Of what is the lamp?\nAnswer: stone\n\n",
+        "\nQuestion: Of what is the lamp?\n",
+        Said("Answer: stone"),
+        "\n\n",
     ]
-    parts = [*example, "Document: ", Document(document), f"\nQuestion: {asked.question}\nAnswer:"]
+    parts = [*example, "Document: ", Document(document), f"\nQuestion: {asked.question}\n", Said("Answer:")]
     if closed:
-        example = ["Question: Of what is the lamp?\nAnswer: stone\n\n"]
-        parts = [*example, f"Question: {asked.question}\nAnswer:"]
+        example = ["Question: Of what is the lamp?\n", Said("Answer: stone"), "\n\n"]
+        parts = [*example, f"Question: {asked.question}\n", Said("Answer:")]
     options = {"max_new_tokens": 6, "stop": ("\n\n",), "examples": tuple(example), **fields}
     return EvalPrompt(sample=asked, parts=tuple(parts), **options)
 
@@ -191,7 +193,7 @@ def test_answers_do_not_depend_on_the_batch(folder: Path, kind: str) -> None:
 
 def test_text_systems_read_their_documents(folder: Path) -> None:
     asked, like = prompt(), str(folder / "export")
-    texts = {
+    parts = {
         "open": make(folder, "open").parts(asked),
         "closed": make(folder, "closed").parts(prompt(closed=True)),
         "head": make(folder, "truncated", like=like).parts(asked),
@@ -199,6 +201,7 @@ def test_text_systems_read_their_documents(folder: Path) -> None:
         "middle": make(folder, "truncated", like=like, keep="middle").parts(asked),
         "bm25": make(folder, "bm25", tokens=40).parts(asked),
     }
+    texts = {name: ["".join(map(str, of))] for name, of in parts.items()}
     assert texts["open"] == [words(asked)] and texts["closed"] == [words(prompt(closed=True))]
     assert len({text for (text,) in texts.values()}) == 6
     before = words(asked).index(TOWER)

@@ -14,7 +14,7 @@ from arc_ds.errors import ConfigError, DataError
 from arc_ds.evaluation.datasets import TASKS
 from arc_ds.evaluation.prompts import make_prompts, reference_order
 from arc_ds.evaluation.protocol import CLEAN, REFERENCE
-from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
+from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample, Said
 from tests.unit.evaluation.small_files import WRITERS
 
 GOLDEN = Path(__file__).parent / "golden_prompts.txt"
@@ -210,7 +210,8 @@ def test_directions_have_the_same_examples_and_tested_sentences(tmp_path: Path) 
 def test_documents_are_stripped_and_joined_passages() -> None:
     sample = replace(SAMPLES[0], passages=(" one \n", "two", "three"))
     (prompt,) = make_prompts(TASKS["nq"], [sample], None, CLEAN, num_examples=0, num_passages=2)
-    assert prompt.parts == ("Document: ", Document("one\ntwo"), "\nQuestion: Question 0?\nAnswer:")
+    assert prompt.parts == ("Document: ", Document("one\ntwo"), "\nQuestion: Question 0?\n", Said("Answer:"))
+    assert isinstance(prompt.parts[-1], Said) and not isinstance(prompt.parts[-2], Said)
     assert prompt.max_new_tokens == 64 and prompt.stop == ("\n\n",)
 
 
@@ -246,7 +247,7 @@ def test_only_questions_with_retrieved_passages_read_the_first_one(name: str, nu
 def test_a_sample_without_passages_can_be_asked_closed_book_only() -> None:
     samples = [replace(sample, passages=()) for sample in SAMPLES]
     (prompt, *_) = make_prompts(TASKS["nq"], samples, None, CLEAN, uses_documents=False)
-    assert len(prompt.parts) == 1
+    assert show(prompt).count("Question:") == 6 and all(isinstance(part, str) for part in prompt.parts)
     with pytest.raises(DataError, match="40 samples have no passage: q0, q1.*or evaluate closed-book"):
         make_prompts(TASKS["nq"], samples, None, CLEAN)
     with pytest.raises(DataError, match="40 samples have no passage"):

@@ -75,13 +75,14 @@ def test_errors_name_the_line(tmp_path: Path) -> None:
 
 
 def test_shipped_recipes_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MODELS", "EVAL_DATA"):
+    for name in ("MODELS", "EVAL_DATA", "ICAE", "XRAG"):
         monkeypatch.setenv(name, f"/{name}")
     configs = {path.stem: load_eval_config(path) for path in RECIPES.glob("*.yaml")}
     for name in ("demo", "paper_table1", "long_context"):
         assert {"arc", "closed", "open"} <= {each.kind for each in configs[name].systems}
-    with_window, arc = configs["long_context_llama2_7b_32k"], configs["long_context"]
-    assert with_window.tasks == arc.tasks and with_window.protocol == arc.protocol
+    for name in ("paper_table1", "long_context"):
+        arc, baselines = configs[name], configs[f"{name}_baselines"]
+        assert arc.tasks == baselines.tasks and arc.protocol == baselines.protocol
     assert arc.systems[0].section.chunk_tokens == 1024
 
 

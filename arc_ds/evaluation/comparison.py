@@ -4,8 +4,8 @@ Both systems see the same drawn clusters, so the interval is that of the paired 
 exact match of single samples; otherwise signs of whole clusters are flipped, which exchanges both systems' answers to
 them. P-values of the headline metrics are adjusted for the number of tasks by Holm's method.
 
-Intervals of three or more training seeds include the spread of seeds. Tests take the mean over seeds of each answer's
-statistics: they hold for these seeds.
+Intervals of three or more training seeds include the spread of seeds, and the test is Welch's t test. With fewer
+seeds, tests take the mean over seeds of each answer's statistics: intervals and tests hold for these seeds.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Difference:
     detectable: smallest difference that is found in 80% of experiments of this size: 2.8 standard errors, more for few
         clusters or seeds; NaN if both systems have equal scores in all draws.
     p: two-sided p-value.
-    test: "mcnemar" or "sign-flip"; "bootstrap" for an average over tasks, which has no p-value.
+    test: "mcnemar" or "sign-flip"; "welch" if the interval includes the spread of seeds; "bootstrap" for an
+        average over tasks, which has no p-value.
     p_holm: the p-value, adjusted over tasks; None for metrics that are not the headline.
     """
 
@@ -195,22 +196,22 @@ def _difference(ours: TaskStats, theirs: TaskStats, metric: Metric, draws_R: NDA
     stderr = None
     if is_mean(metric):
         stderr = clustered_stderr(influence(theirs, metric) - influence(ours, metric), ours.clusters_N)
-    p, test = _test(ours, theirs, metric)
+    found = uncertainty(
+        second - first,
+        [(draws_R, ours.num_clusters)],
+        seeds=seeds,
+        stderr=stderr,
+        bounds=(low - high, high - low),
+    )
+    p, test = _test(ours, theirs, metric) if found.p is None else (found.p, "welch")
     return Difference(
         first=first,
         second=second,
         value=second - first,
         n=len(ours.clusters_N),
         num_clusters=ours.num_clusters,
-        p=p,
         test=test,
-        **uncertainty(
-            second - first,
-            [(draws_R, ours.num_clusters)],
-            seeds=seeds,
-            stderr=stderr,
-            bounds=(low - high, high - low),
-        )._asdict(),
+        **found._replace(p=p)._asdict(),
     )
 
 
@@ -254,9 +255,8 @@ def _average(pairs: Sequence[_Pair]) -> Difference:
         value=second - first,
         n=sum(len(each.ours.clusters_N) for each in pairs),
         num_clusters=sum(each.ours.num_clusters for each in pairs),
-        p=None,
         test="bootstrap",
-        **uncertainty(
-            second - first, [(each.draws_R, each.ours.num_clusters) for each in pairs], seeds=seeds
-        )._asdict(),
+        **uncertainty(second - first, [(each.draws_R, each.ours.num_clusters) for each in pairs], seeds=seeds)
+        ._replace(p=None)
+        ._asdict(),
     )

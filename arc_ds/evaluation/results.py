@@ -26,6 +26,10 @@ from arc_ds.system.files import write_whole
 from arc_ds.system.user_files import HEAD, check_downloaded, check_encodable, check_is_utf8, read_user_json
 
 PREDICTIONS, RUN, TIMES = "predictions.jsonl", "run.json", "times.json"
+SEEDS_NOTE = (
+    "Intervals, errors and p-values include the spread of training seeds if a system has three or more. Otherwise they "
+    "hold for its seeds."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,12 +76,14 @@ class Uncertainty(NamedTuple):
     low, high: 95% interval.
     stderr: standard error.
     detectable: smallest difference that 80% of experiments of this size find; NaN if all draws are equal.
+    p: two-sided p-value of Student's t for a value of 0, if the interval includes the spread of seeds; otherwise None.
     """
 
     low: float
     high: float
     stderr: float
     detectable: float
+    p: float | None = None
 
 
 def uncertainty(
@@ -127,7 +129,8 @@ def uncertainty(
     else:
         low, high = percentile_interval(np.mean([draws for draws, _ in tasks], axis=0), fewest)
     detectable = (student_quantile(0.975, degrees) + student_quantile(0.8, degrees)) * error
-    return Uncertainty(max(low, bounds[0]), min(high, bounds[1]), error, detectable)
+    p = student_p(value / error, degrees) if drawn_seeds else None
+    return Uncertainty(max(low, bounds[0]), min(high, bounds[1]), error, detectable, p)
 
 
 def percentile_interval(draws_R: NDArray[np.float64], num_clusters: int) -> tuple[float, float]:
@@ -152,16 +155,30 @@ def student_quantile(probability: float, degrees: float) -> float:
     degrees: degrees of freedom, 1 or more; they need not be whole.
     """
     if degrees < _MIN_EXPANSION_DEGREES:
-        # t = sqrt(degrees) tan(angle), and the density of the angle is proportional to cos(angle)**(degrees - 1).
-        angles = np.linspace(0, math.pi / 2, 10_001)
-        density = np.cos(angles).clip(0) ** (degrees - 1)
-        mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+        angles, mass = _student_mass(0.0, math.pi / 2, degrees)
         return math.sqrt(degrees) * math.tan(np.interp((2 * probability - 1) * mass[-1], mass, angles))
     z = NormalDist().inv_cdf(probability)  # the expansion of Fisher and Cornish
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / degrees + second / degrees**2 + third / degrees**3
+
+
+def student_p(t: float, degrees: float) -> float:
+    """The two-sided p-value of a value t of Student's t. degrees: degrees of freedom, 1 or more."""
+    angle = math.atan(abs(t) / math.sqrt(degrees))
+    outside, inside = (_student_mass(*ends, degrees)[1][-1] for ends in ((angle, math.pi / 2), (0.0, angle)))
+    return float(outside / (outside + inside))
+
+
+def _student_mass(start: float, end: float, degrees: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Angles from `start` to `end`, and the mass of Student's t from `start` to each, up to a factor.
+
+    t = sqrt(degrees) tan(angle), and the density of the angle is proportional to cos(angle)**(degrees - 1).
+    """
+    angles = np.linspace(start, end, 10_001)
+    density = np.cos(angles).clip(0) ** (degrees - 1)
+    return angles, np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])]) * (end - start)
 
 
 def clustered_stderr(influence_N: NDArray[np.float64], clusters_N: NDArray[np.intp]) -> float:

@@ -7,7 +7,6 @@ import json
 from dataclasses import asdict
 
 from arc_ds.commands.eval.result_arguments import (
-    SEEDS_NOTE,
     add_results,
     json_number,
     number,
@@ -17,6 +16,7 @@ from arc_ds.commands.eval.result_arguments import (
 )
 from arc_ds.errors import ConfigError
 from arc_ds.evaluation.comparison import Comparison, Difference, compare_systems
+from arc_ds.evaluation.results import SEEDS_NOTE
 
 HELP = "compare systems on the same questions, with paired intervals and tests"
 
@@ -44,7 +44,7 @@ def run(namespace: argparse.Namespace) -> int:
     else:
         print("\n\n".join(f"{each.second} against {each.first}\n{_table(each)}" for each in comparisons))
         if any(len(each.seeds) > 1 for each in systems):
-            print(f"\n{SEEDS_NOTE} p-values hold for the seeds of both systems.")
+            print(f"\n{SEEDS_NOTE}")
     return 0
 
 

@@ -10,10 +10,6 @@ from arc_ds.evaluation.results import SystemResults, read_systems, select_tasks
 from arc_ds.system.user_paths import user_path
 
 SEEDS = "A,B,C names several training seeds of one system."
-SEEDS_NOTE = (
-    "Intervals and errors include the spread of training seeds if a system has three or more. Otherwise they hold for "
-    "its seeds."
-)
 
 
 def add_results(parser: argparse.ArgumentParser, metavar: str) -> None:

@@ -6,9 +6,9 @@ import argparse
 import json
 import logging
 
-from arc_ds.commands.eval.result_arguments import SEEDS_NOTE, add_results, json_number, number, read_arguments, table
+from arc_ds.commands.eval.result_arguments import add_results, json_number, number, read_arguments, table
 from arc_ds.evaluation.metrics import signature
-from arc_ds.evaluation.results import SystemResults
+from arc_ds.evaluation.results import SEEDS_NOTE, SystemResults
 from arc_ds.evaluation.scoring import Score, SystemScores, is_bleu_lowercase, score_system
 
 HELP = "score files of predictions, with intervals"

@@ -14,6 +14,7 @@ from arc_ds.evaluation.comparison import Difference
 from arc_ds.evaluation.metrics import metrics_of, signature
 from arc_ds.evaluation.report.content import GapClosed, Report, ReportSystem, Sizes, description_of
 from arc_ds.evaluation.report.paper import PaperRow, paper_rows
+from arc_ds.evaluation.results import SEEDS_NOTE
 from arc_ds.evaluation.scoring import Score, by_task, is_bleu_lowercase
 from arc_ds.evaluation.task import Metric
 from arc_ds.pages.tables import EMPTY, Cell, Table, markdown_text, text_cell, to_markdown
@@ -70,7 +71,11 @@ def notes_of(report: Report) -> list[str]:
         for task, count in by.items()
         if count and task in report.tasks
     ]
-    return [*report.notes, *([f"Scores leave out skipped samples: {'; '.join(skipped)}."] if skipped else [])]
+    return [
+        *report.notes,
+        *([SEEDS_NOTE] if any(len(system.results.seeds) > 1 for system in report.systems) else []),
+        *([f"Scores leave out skipped samples: {'; '.join(skipped)}."] if skipped else []),
+    ]
 
 
 def _system_cell(report: Report, name: str) -> Cell:

@@ -103,10 +103,11 @@ def test_the_spread_of_the_seeds_of_both_systems_counts() -> None:
     better = [improved(lines, 8) for lines in seeds]
     one = compared(system(seeds[0]), system(better[0])).by_task["squad"]["em"]
     three = compared(system(*seeds), system(*better)).by_task["squad"]["em"]
-    assert three.stderr > 3 * one.stderr and three.test == "sign-flip"
+    assert three.stderr > 3 * one.stderr and three.test == "welch"
     apart = [score_system(system(*each)).by_task["squad"]["em"].seed_sd or 0.0 for each in (seeds, better)]
     assert three.stderr > np.hypot(*apart) / 3**0.5
-    assert three.low < three.value < three.high
+    assert three.low < 0 < three.value < three.high and one.low > 0
+    assert three.p is not None and one.p is not None and one.p < 0.05 < three.p
 
 
 def test_clusters_of_one_file_serve_both() -> None:

@@ -34,7 +34,7 @@ from arc_ds.evaluation.report.tables import (
     score_table,
     verdict_table,
 )
-from arc_ds.evaluation.results import Prediction, prediction_line, read_systems
+from arc_ds.evaluation.results import SEEDS_NOTE, Prediction, prediction_line, read_systems
 from arc_ds.evaluation.scoring import score_system
 from tests.helpers.eval_results import SYSTEMS, fake_folders, fake_results
 
@@ -362,6 +362,7 @@ def test_training_seeds_are_one_system(tmp_path, folders):
         seeds.append(str(fake_results(tmp_path / str(seed), system, TASKS)))
     made = make_report(read_systems([folders[0], ",".join(seeds)]), num_draws=DRAWS)
     assert len(made.systems) == 2 and made.systems[1].scores["nq"]["em"].seed_sd > 0
+    assert SEEDS_NOTE in notes_of(made)
     counts = rows_of(count_table(made))
     assert [row["answers"].value for row in counts] == [40, 60, 120, 180]
 

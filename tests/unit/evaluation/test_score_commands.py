@@ -13,7 +13,7 @@ import pytest
 
 from arc_ds.cli import main
 from arc_ds.evaluation.metrics import METRICS_OF
-from arc_ds.evaluation.results import PREDICTIONS, RUN, Prediction, read_results, write_results
+from arc_ds.evaluation.results import PREDICTIONS, RUN, SEEDS_NOTE, Prediction, read_results, write_results
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from tests.unit.evaluation.test_comparison import improved
 from tests.unit.evaluation.test_scoring import questions, translations
@@ -104,7 +104,7 @@ def test_compare_prints_the_differences_to_the_first_system(tmp_path: Path, caps
     assert out.startswith("b against a\ntask ") and "\n\nc against a\n" in out and "detectable" in out
     assert "mcnemar" in out and f"+{em['value']:.2f}" in out and "seeds" not in out
     assert main(["eval", "compare", f"{paths[0]},{paths[2]}", paths[1]]) == 0
-    assert capsys.readouterr().out.endswith("p-values hold for the seeds of both systems.\n")
+    assert capsys.readouterr().out.endswith(f"{SEEDS_NOTE}\n")
 
 
 def test_compare_refuses_one_system_and_other_questions(tmp_path: Path, capsys) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -19,6 +17,7 @@ from arc_ds.evaluation.statistics import (
     percentile_interval,
     permutation_p,
     sign_flip_sums,
+    student_p,
     student_quantile,
     uncertainty,
 )
@@ -61,7 +60,7 @@ def test_few_clusters_have_wider_intervals() -> None:
     for num in (10, 50, 10**6):
         reach = (num / (num - 1)) ** 0.5 * scipy.stats.t.ppf(0.975, num - 1)
         assert percentile_interval(draws, num) == pytest.approx((-reach, reach), rel=1e-3)
-    assert np.isnan(uncertainty(0.0, [(draws, 50), (draws, 1)])).all()
+    assert np.isnan(uncertainty(0.0, [(draws, 50), (draws, 1)])[:4]).all()
 
 
 @pytest.mark.parametrize("num_clusters", [2, 5, 9])
@@ -69,7 +68,7 @@ def test_intervals_of_few_clusters_cover_the_truth_in_95_percent_of_experiments(
     x = np.random.default_rng(num_clusters).normal(size=(num_clusters, 2000))
     draws = bootstrap_sums(x, "few", 500).T / num_clusters
     found = [uncertainty(mean, [(each, num_clusters)]) for mean, each in zip(x.mean(axis=0), draws, strict=True)]
-    low, high, stderr, _ = np.array(found).T
+    low, high, stderr = np.array([each[:3] for each in found]).T
     assert np.mean((low <= 0) & (high >= 0)) == pytest.approx(0.95, abs=0.012)
     assert stderr.mean() == pytest.approx(x.std(axis=0, ddof=1).mean() / num_clusters**0.5, rel=0.03)
 
@@ -90,6 +89,9 @@ def test_three_seeds_have_the_interval_of_welch() -> None:
         assert found.stderr == pytest.approx((samples[0].mean() - samples[1].mean()) / oracle.statistic)
         quantiles = scipy.stats.t.ppf((0.975, 0.8), oracle.df)
         assert found.detectable == pytest.approx(quantiles.sum() * found.stderr, rel=1e-4)
+        assert found.p == pytest.approx(oracle.pvalue, rel=1e-4) and (found.p < 0.05) == (found.low * found.high > 0)
+    for t, degrees in ((0.0, 4.0), (1e-3, 2.5), (3.0, 1.0), (2.1, 60.0), (9.0, 30.0), (-2.0, 1e4)):
+        assert student_p(t, degrees) == pytest.approx(2 * scipy.stats.t.sf(abs(t), degrees), rel=1e-4)
     two = uncertainty(1.0, [(draws, 40)], seeds=[seeds[:2]], stderr=stderr)
     assert two == uncertainty(1.0, [(draws, 40)], stderr=stderr)  # two seeds are not drawn
 
@@ -135,16 +137,6 @@ def test_draws_do_not_change_with_the_program() -> None:
     """Intervals of two versions are equal to the last digit."""
     sums = bootstrap_sums(np.arange(10.0)[:, None], "nq", 5)[:, 0]
     assert sums.tolist() == [48.0, 36.0, 53.0, 36.0, 46.0]
-
-
-def test_ten_thousand_draws_at_the_size_of_nq_take_less_than_a_second() -> None:
-    x = np.random.default_rng(0).random((3605, 8))
-    seconds = [2.0]
-    while min(seconds) >= 1.0 and len(seconds) < 5:  # other programs of the machine may slow one down
-        start = time.process_time()
-        bootstrap_sums(x, "nq")
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 1.0
 
 
 def test_the_interval_covers_the_truth_in_95_percent_of_experiments() -> None:

@@ -90,7 +90,7 @@ class PlannedPrompt(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Prompts that a system answers together: of one task, the longest first."""
+    """Prompts that a system answers together, of one task."""
 
     system: str
     task: str
@@ -99,7 +99,7 @@ class Batch(NamedTuple):
     @property
     def rows(self) -> int:
         """Decoder rows, with padding to the longest prompt."""
-        return len(self.prompts) * self.prompts[0].rows
+        return len(self.prompts) * max(each.rows for each in self.prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +141,10 @@ def make_plan(
 ) -> EvalPlan:
     """Plan the batches: by system and task in the config's order, then by rows (the longest first), then by id.
 
-    Prompts with the same in-context examples stand in consecutive batches, which read the examples once. The longest
-    batch comes first, so a lack of memory shows at once. A prompt of a "long" task that exceeds the
-    system's window is shortened by `protocol.truncation`. Other prompts that exceed it are left out and counted.
+    Prompts with the same in-context examples stand in consecutive batches, which read the examples once. Questions on
+    one document stand next to each other, so that a batch compresses it once. The longest batch comes first, so a lack
+    of memory shows at once. A prompt of a "long" task that exceeds the system's window is shortened by
+    `protocol.truncation`. Other prompts that exceed it are left out and counted.
 
     arc_names: names of the ARC systems, which keep the head of a document under `truncation: reference`.
     seed: of the choice of examples.
@@ -169,8 +170,7 @@ def make_plan(
                     too_long[system.name][loaded.task.name].append(prompt.sample.id)
                 else:
                     planned.append(found)
-            planned.sort(key=lambda each: (-each.rows, each.prompt.sample.id))
-            for group in _by_examples(planned):
+            for group in _by_examples(_by_document(planned)):
                 batches += [Batch(system.name, loaded.task.name, each) for each in _grouped(group, max_batch_rows)]
     return EvalPlan(batches=tuple(batches), too_long=too_long)
 
@@ -195,6 +195,16 @@ def _fit(prompt: EvalPrompt, place: int, system: System, task: EvalTask, kept: P
     return PlannedPrompt(shorter, place, system.num_rows(shorter) + answer, num_cut)
 
 
+def _by_document(planned: Sequence[PlannedPrompt]) -> list[PlannedPrompt]:
+    """The prompts by their number of rows, the longest first, then by id. Those on one document follow its longest."""
+    groups: dict[object, list[PlannedPrompt]] = {}
+    for each in sorted(planned, key=lambda each: (-each.rows, each.prompt.sample.id)):
+        prompt = each.prompt
+        has_document = any(isinstance(part, Document) for part in prompt.parts)
+        groups.setdefault(prompt.sample.passages if has_document else prompt.sample.id, []).append(each)
+    return [each for group in groups.values() for each in group]
+
+
 def _by_examples(planned: Sequence[PlannedPrompt]) -> list[list[PlannedPrompt]]:
     """The prompts by their in-context examples. Those whose examples few prompts have are one group without any."""
     counts = Counter(each.prompt.examples for each in planned)
@@ -208,12 +218,15 @@ def _by_examples(planned: Sequence[PlannedPrompt]) -> list[list[PlannedPrompt]]:
 
 
 def _grouped(planned: Sequence[PlannedPrompt], max_rows: int) -> Iterator[tuple[PlannedPrompt, ...]]:
-    """Cut a list that descends by rows into batches. The first prompt of a batch is its longest."""
-    first = 0
-    for place in range(1, len(planned) + 1):
-        if place == len(planned) or (place + 1 - first) * planned[first].rows > max_rows:
+    """Cut a list into batches, whose number of prompts times the longest prompt is at most `max_rows`."""
+    first, longest = 0, 0
+    for place, each in enumerate(planned):
+        longest = max(longest, each.rows)
+        if place > first and (place + 1 - first) * longest > max_rows:
             yield tuple(planned[first:place])
-            first = place
+            first, longest = place, each.rows
+    if planned:
+        yield tuple(planned[first:])
 
 
 def _sha(value: Any) -> str:

@@ -41,6 +41,7 @@ from arc_ds.tokenizers import check_fits
 _SAMPLED_TASK = "govreport"  # of the reference's protocol
 _NUM_KEPT = 4096  # token counts of texts
 _ANY_NUMBER = 2**31 - 1
+_LONG_TOKENS = 4096  # the encoder is busy with one document of this length
 
 
 class DecoderSystem(ABC):
@@ -222,7 +223,8 @@ class TextSystem(DecoderSystem):
 class ArcSystem(DecoderSystem):
     """A system whose decoder reads documents as the vectors of an ARC-Encoder.
 
-    Vectors of common in-context examples are kept for the next batch, and those of a batch for its NLL.
+    Vectors of common in-context examples are kept for the next batch, and those of a batch for its NLL. A document of
+    4,096 encoder tokens or more is compressed alone, so that its vectors can be kept for the next questions on it.
 
     model: encoder and decoder.
     decoder_idx: port of the decoder.
@@ -253,12 +255,14 @@ class ArcSystem(DecoderSystem):
             lambda text: list(map(len, chunk_ids(text, encoder, chunk_tokens)))
         )
         # Of the examples and of the documents of the last batch. Not a method, because a cycle would hold the memory.
-        self._vectors = lru_cache(2)(partial(_compress, model, decoder_idx, marker, chunk_tokens))
+        compress = partial(_compress, model, decoder_idx, marker, chunk_tokens)
+        self._vectors, self._long_vectors = lru_cache(2)(compress), lru_cache(2)(compress)
 
     def forget(self) -> None:
         """See `KeepsWork`."""
         super().forget()
         self._vectors.cache_clear()
+        self._long_vectors.cache_clear()
 
     def parts(self, prompt: EvalPrompt) -> list[str | Vectors]:
         """Texts, and vectors without values in place of documents."""
@@ -302,8 +306,11 @@ class ArcSystem(DecoderSystem):
             part.text for prompt in prompts[:1] for part in prompt.examples if isinstance(part, Document)
         )
         others = dict.fromkeys(text for prompt in prompts for text in _documents(prompt) if text not in examples)
+        is_long = {text: sum(self._chunk_lengths(text)) >= _LONG_TOKENS for text in others}
         with self._encoder_lock:
-            found = {**self._vectors(tuple(examples)), **self._vectors(tuple(others))}
+            found = {**self._vectors(tuple(examples)), **self._vectors(tuple(t for t in others if not is_long[t]))}
+            for text in (text for text in others if is_long[text]):
+                found |= self._long_vectors((text,))
         return [
             [Vectors(found[part.text]) if isinstance(part, Document) else part for part in prompt.parts]
             for prompt in prompts

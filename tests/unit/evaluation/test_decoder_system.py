@@ -16,7 +16,7 @@ from arc_ds import ArcModel, Context, Vectors
 from arc_ds.errors import ConfigError, DataError, WeightsError
 from arc_ds.evaluation.protocol import CLEAN, REFERENCE, Protocol
 from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample, Said
-from arc_ds.evaluation.systems import KINDS
+from arc_ds.evaluation.systems import KINDS, decoder_system
 from arc_ds.evaluation.systems.budget import choose_sentences, cut_to, rows_of_arc, split_sentences
 from arc_ds.evaluation.systems.decoder_system import ArcSystem, DecoderSystem
 from arc_ds.evaluation.systems.kind import SystemSettings
@@ -129,6 +129,25 @@ def test_work_on_examples_is_kept_and_changes_no_bit(folder: Path, kind: str, mo
     assert [answer.text for answer in system.answer(others)] == [
         a.text for each in others for a in system.answer([each])
     ]
+
+
+def test_a_long_document_is_compressed_once_for_all_questions_on_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_system, "_LONG_TOKENS", len(TOWER) // 2)
+    system, compressed, compress = make(folder, "arc"), list[list[str]](), ArcModel.compress
+
+    def recorded(self: ArcModel, contexts: Sequence[Any], *args: Any) -> Any:
+        texts = [system.model.encoder_tokenizer.decode(list(ids)) for ids in contexts]
+        compressed.extend([texts] if texts else [])
+        return compress(self, contexts, *args)
+
+    monkeypatch.setattr(ArcModel, "compress", recorded)
+    batches = [[prompt(n, document=text) for n in range(2) for text in texts] for texts in ((TOWER, "Sea."), (TOWER,))]
+    found = [system.answer(batch) for batch in batches]
+    assert compressed == [[LAMP], ["Sea."], [TOWER]]
+    system.forget()
+    assert system.answer(batches[1]) == found[1] and compressed[3:] == [[LAMP], [TOWER]]
 
 
 def test_long_documents_are_compressed_in_chunks_as_in_training(folder: Path, model: ArcModel) -> None:

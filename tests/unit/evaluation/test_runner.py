@@ -138,6 +138,23 @@ def test_prompts_with_the_same_examples_are_asked_one_after_another(tmp_path: Pa
     assert {each.prompt.examples for batch in mixed for each in batch.prompts} == {()}
 
 
+def test_questions_on_one_document_are_asked_together(tmp_path: Path) -> None:
+    """So a batch compresses it once. Documents follow one another by their longest prompt."""
+    lines = [
+        {"id": f"{n:02}", "question": "Why? " * (1 + 5 * n % 7), "answer": "x", "passages": [f"Text {n % 8}. " * 3]}
+        for n in range(40)
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    batches = _planned(TaskConfig(name="qa", path=str(tmp_path / "q.jsonl"), num_examples=0), CLEAN)
+    asked = [each for batch in batches for each in batch.prompts]
+    documents = [each.prompt.sample.passages[0] for each in asked]
+    assert len([text for text, before in zip(documents, ["", *documents], strict=False) if text != before]) == 8
+    longest = [max(each.rows for each in asked if each.prompt.sample.passages[0] == text) for text in documents]
+    assert longest == sorted(longest, reverse=True)
+    assert all(batch.rows == len(batch.prompts) * max(each.rows for each in batch.prompts) for batch in batches)
+    assert max(batch.rows for batch in batches) <= 600 and len({each.prompt.sample.id for each in asked}) == 40
+
+
 def _planned(task: TaskConfig, protocol: Protocol) -> Sequence[Batch]:
     settings: Any = SimpleNamespace(name="echo")
     system = fake_eval.Echo(fake_eval.EchoSection(), settings)

@@ -141,10 +141,10 @@ def make_plan(
 ) -> EvalPlan:
     """Plan the batches: by system and task in the config's order, then by rows (the longest first), then by id.
 
-    Prompts with the same in-context examples stand in consecutive batches, which read the examples once. Questions on
-    one document stand next to each other, so that a batch compresses it once. The longest batch comes first, so a lack
-    of memory shows at once. A prompt of a "long" task that exceeds the system's window is shortened by
-    `protocol.truncation`. Other prompts that exceed it are left out and counted.
+    Prompts with the same in-context examples stand in consecutive batches, which read the examples once. So do the
+    questions on a long document. Other questions on one document stand next to each other, so that a batch compresses
+    it once. The longest batch comes first, so a lack of memory shows at once. A prompt of a "long" task that exceeds
+    the system's window is shortened by `protocol.truncation`. Other prompts that exceed it are left out and counted.
 
     arc_names: names of the ARC systems, which keep the head of a document under `truncation: reference`.
     seed: of the choice of examples.
@@ -170,7 +170,8 @@ def make_plan(
                     too_long[system.name][loaded.task.name].append(prompt.sample.id)
                 else:
                     planned.append(found)
-            for group in _by_examples(_by_document(planned)):
+            smallest = 2 if loaded.task.layout == "long" else _MIN_GROUP
+            for group in _by_shared(_by_document(planned), smallest):
                 batches += [Batch(system.name, loaded.task.name, each) for each in _grouped(group, max_batch_rows)]
     return EvalPlan(batches=tuple(batches), too_long=too_long)
 
@@ -205,15 +206,15 @@ def _by_document(planned: Sequence[PlannedPrompt]) -> list[PlannedPrompt]:
     return [each for group in groups.values() for each in group]
 
 
-def _by_examples(planned: Sequence[PlannedPrompt]) -> list[list[PlannedPrompt]]:
-    """The prompts by their in-context examples. Those whose examples few prompts have are one group without any."""
-    counts = Counter(each.prompt.examples for each in planned)
+def _by_shared(planned: Sequence[PlannedPrompt], smallest: int) -> list[list[PlannedPrompt]]:
+    """The prompts by their shared parts. Those whose parts fewer than `smallest` prompts share are one group."""
+    counts = Counter(each.prompt.shared for each in planned)
     groups: defaultdict[tuple[str | Document, ...], list[PlannedPrompt]] = defaultdict(list)
     for each in planned:
-        examples = each.prompt.examples
-        if counts[examples] < _MIN_GROUP:
-            examples, each = (), each._replace(prompt=replace(each.prompt, examples=()))
-        groups[examples].append(each)
+        shared = each.prompt.shared
+        if counts[shared] < smallest:
+            shared, each = (), each._replace(prompt=replace(each.prompt, shared=()))
+        groups[shared].append(each)
     return list(groups.values())
 
 

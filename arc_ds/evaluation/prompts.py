@@ -92,15 +92,9 @@ def make_prompts(
     for test in chosen:
         blocks = _example_parts(task, test.examples, seam, uses_documents, width)
         start = blocks or ([surplus] if surplus else [])
-        prompts.append(
-            EvalPrompt(
-                sample=test.sample,
-                parts=_joined((*start, *write(task, test.sample, uses_documents, width))),
-                max_new_tokens=most,
-                stop=stop,
-                examples=_joined(blocks),
-            )
-        )
+        parts = _joined((*start, *write(task, test.sample, uses_documents, width)))
+        shared = parts[: 2 * uses_documents] if task.layout == "long" else _joined(blocks)  # up to the document
+        prompts.append(EvalPrompt(sample=test.sample, parts=parts, max_new_tokens=most, stop=stop, shared=shared))
     return prompts
 
 

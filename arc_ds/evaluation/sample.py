@@ -55,11 +55,12 @@ class EvalPrompt:
         to in-context examples. Closed-book prompts have none.
     max_new_tokens: limit of the answer.
     stop: texts that end the answer; they are not part of it.
-    examples: the texts and documents of the in-context examples, with which `parts` begin, if its batch shares them.
+    shared: the parts with which `parts` begin and which all prompts of its batch have: in-context examples, or the
+        document of a "long" task. A system reads them once.
     """
 
     sample: EvalSample
     parts: tuple[str | Document, ...]
     max_new_tokens: int
     stop: tuple[str, ...]
-    examples: tuple[str | Document, ...] = ()
+    shared: tuple[str | Document, ...] = ()

@@ -48,7 +48,7 @@ def shorten(prompt: EvalPrompt, system: System, max_rows: int, part: Part) -> tu
             fits, aim = keep, 2 * keep
             continue
         parts = (*prompt.parts[:place], replace(document, text=kept), *prompt.parts[place + 1 :])
-        shorter = replace(prompt, parts=parts)
+        shorter = replace(prompt, parts=parts, shared=())  # others lose another part
         rows = system.num_rows(shorter)
         if rows > max_rows:
             exceeds = keep

@@ -24,7 +24,7 @@ def chat_parts(parts: Sequence[str | Vectors], layout: Layout, tokenizer: Tokeni
 
     White space at both ends of a user's words is left out: it separates blocks in running text.
 
-    parts: of the prompt as running text. Those of in-context examples alone give the rows before the question's turn.
+    parts: of the prompt as running text, or the shared ones with which it begins.
     """
     written: list[script.Part] = [*layout.head]
     user: list[script.Part] = []
@@ -36,6 +36,7 @@ def chat_parts(parts: Sequence[str | Vectors], layout: Layout, tokenizer: Tokeni
         written += [*_stripped(user), *(layout.last_middle if is_last else layout.middle), Words(part)]
         written += () if is_last else layout.between
         user = []
+    written += _stripped(user)
     vectors = (part for part in parts if isinstance(part, Vectors))
     return [next(vectors) if each.kind == "context" else each for each in render(written, tokenizer).prompt]
 

@@ -41,7 +41,6 @@ from arc_ds.tokenizers import check_fits
 _SAMPLED_TASK = "govreport"  # of the reference's protocol
 _NUM_KEPT = 4096  # token counts of texts
 _ANY_NUMBER = 2**31 - 1
-_LONG_TOKENS = 4096  # the encoder is busy with one document of this length
 
 
 class DecoderSystem(ABC):
@@ -94,7 +93,7 @@ class DecoderSystem(ABC):
         return _rows_of(self._read(self.parts(prompt))[0])
 
     def answer(self, prompts: Sequence[EvalPrompt]) -> list[Answer]:
-        """See `System`. The work on in-context examples that all prompts have is done once and kept."""
+        """See `System`. The work on parts that all prompts share is done once and kept."""
         read = [self._read(parts)[0] for parts in self._all_parts(prompts)]
         groups: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
         for idx, prompt in enumerate(prompts):
@@ -125,11 +124,11 @@ class DecoderSystem(ABC):
         return self.reader.nll_rows(rows, [ids for _, ids in read], _ANY_NUMBER, self._num_shared(prompts))
 
     def _num_shared(self, prompts: Sequence[EvalPrompt]) -> int:
-        """Rows of the in-context examples. The reader shares at most these, which depend on no earlier call."""
-        if not prompts or not prompts[0].examples:
+        """Rows of the shared parts. The reader shares at most these, which depend on no earlier call."""
+        if not prompts or not prompts[0].shared:
             return 0
         sample = replace(prompts[0].sample, question=None)
-        return self.num_rows(replace(prompts[0], sample=sample, parts=prompts[0].examples))
+        return self.num_rows(replace(prompts[0], sample=sample, parts=prompts[0].shared))
 
     def _all_parts(self, prompts: Sequence[EvalPrompt]) -> list[list[str | Vectors]]:
         return [self.parts(prompt) for prompt in prompts]
@@ -223,8 +222,7 @@ class TextSystem(DecoderSystem):
 class ArcSystem(DecoderSystem):
     """A system whose decoder reads documents as the vectors of an ARC-Encoder.
 
-    Vectors of common in-context examples are kept for the next batch, and those of a batch for its NLL. A document of
-    4,096 encoder tokens or more is compressed alone, so that its vectors can be kept for the next questions on it.
+    Vectors of the parts that prompts share are kept for the next batch, and those of a batch for its NLL.
 
     model: encoder and decoder.
     decoder_idx: port of the decoder.
@@ -254,15 +252,13 @@ class ArcSystem(DecoderSystem):
         self._chunk_lengths: Callable[[str], list[int]] = lru_cache(_NUM_KEPT)(
             lambda text: list(map(len, chunk_ids(text, encoder, chunk_tokens)))
         )
-        # Of the examples and of the documents of the last batch. Not a method, because a cycle would hold the memory.
-        compress = partial(_compress, model, decoder_idx, marker, chunk_tokens)
-        self._vectors, self._long_vectors = lru_cache(2)(compress), lru_cache(2)(compress)
+        # Of the shared documents and of those of the last batch. Not a method, because a cycle would hold the memory.
+        self._vectors = lru_cache(2)(partial(_compress, model, decoder_idx, marker, chunk_tokens))
 
     def forget(self) -> None:
         """See `KeepsWork`."""
         super().forget()
         self._vectors.cache_clear()
-        self._long_vectors.cache_clear()
 
     def parts(self, prompt: EvalPrompt) -> list[str | Vectors]:
         """Texts, and vectors without values in place of documents."""
@@ -301,16 +297,13 @@ class ArcSystem(DecoderSystem):
         return sum(self.model.num_vectors(num, self._marker) for num in self._chunk_lengths(text))
 
     def _all_parts(self, prompts: Sequence[EvalPrompt]) -> list[list[str | Vectors]]:
-        # Examples are compressed apart, so that their vectors depend on no other document of the batch.
-        examples = dict.fromkeys(
-            part.text for prompt in prompts[:1] for part in prompt.examples if isinstance(part, Document)
+        # Shared documents are compressed apart, so that their vectors depend on no other document of the batch.
+        shared = dict.fromkeys(
+            part.text for prompt in prompts[:1] for part in prompt.shared if isinstance(part, Document)
         )
-        others = dict.fromkeys(text for prompt in prompts for text in _documents(prompt) if text not in examples)
-        is_long = {text: sum(self._chunk_lengths(text)) >= _LONG_TOKENS for text in others}
+        others = dict.fromkeys(text for prompt in prompts for text in _documents(prompt) if text not in shared)
         with self._encoder_lock:
-            found = {**self._vectors(tuple(examples)), **self._vectors(tuple(t for t in others if not is_long[t]))}
-            for text in (text for text in others if is_long[text]):
-                found |= self._long_vectors((text,))
+            found = {**self._vectors(tuple(shared)), **self._vectors(tuple(others))}
         return [
             [Vectors(found[part.text]) if isinstance(part, Document) else part for part in prompt.parts]
             for prompt in prompts

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 
 from arc_ds import ArcModel, Context, Vectors
 from arc_ds.errors import ConfigError, DataError, WeightsError
+from arc_ds.evaluation.datasets import TASKS
+from arc_ds.evaluation.prompts import make_prompts
 from arc_ds.evaluation.protocol import CLEAN, REFERENCE, Protocol
 from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample, Said
-from arc_ds.evaluation.systems import KINDS, decoder_system
+from arc_ds.evaluation.systems import KINDS
 from arc_ds.evaluation.systems.budget import choose_sentences, cut_to, rows_of_arc, split_sentences
 from arc_ds.evaluation.systems.decoder_system import ArcSystem, DecoderSystem
 from arc_ds.evaluation.systems.kind import SystemSettings
@@ -54,7 +57,7 @@ def prompt(
     if closed:
         example = ["Question: Of what is the lamp?\n", Said("Answer: stone"), "\n\n"]
         parts = [*example, f"Question: {asked.question}\n", Said("Answer:")]
-    options = {"max_new_tokens": 6, "stop": ("\n\n",), "examples": tuple(example), **fields}
+    options = {"max_new_tokens": 6, "stop": ("\n\n",), "shared": tuple(example), **fields}
     return EvalPrompt(sample=asked, parts=tuple(parts), **options)
 
 
@@ -120,34 +123,41 @@ def test_work_on_examples_is_kept_and_changes_no_bit(folder: Path, kind: str, mo
     batches = [[prompt(0), prompt(1, document=LAMP[5:])], [prompt(2)], [prompt(3), prompt(4, document=TOWER[9:])]]
     found = [(system.answer(batch), system.answer_nll(batch, ["by the sea"] * len(batch))) for batch in batches]
     assert compressed == ([1, 2, 1, 2] if kind == "arc" else [])
-    assert shared == [system.num_rows(dataclasses.replace(prompt(), parts=prompt().examples))]
+    assert shared == [system.num_rows(dataclasses.replace(prompt(), parts=prompt().shared))]
     for batch, before in reversed(list(zip(batches, found, strict=True))):
         system.forget()
         assert (system.answer(batch), system.answer_nll(batch, ["by the sea"] * len(batch))) == before
     assert len(shared) == 4 and len(compressed) == (10 if kind == "arc" else 0)  # all forgotten
-    others = [prompt(0), prompt(1, examples=("Document: ",))]  # examples that differ are not shared
+    others = [prompt(0), prompt(1, shared=("Document: ",))]  # examples that differ are not shared
     assert [answer.text for answer in system.answer(others)] == [
         a.text for each in others for a in system.answer([each])
     ]
 
 
-def test_a_long_document_is_compressed_once_for_all_questions_on_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "template"), [("arc", "none"), ("arc", "llama2"), ("open", "none")])
+def test_a_long_document_is_read_once_for_all_questions_on_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, template: str
 ) -> None:
-    monkeypatch.setattr(decoder_system, "_LONG_TOKENS", len(TOWER) // 2)
-    system, compressed, compress = make(folder, "arc"), list[list[str]](), ArcModel.compress
+    samples = [replace(eval_sample(n, "narrativeqa"), passages=(f"{TOWER} {LAMP} " * 4,)) for n in range(4)]
+    prompts = make_prompts(TASKS["narrativeqa"], samples, None, CLEAN, max_new_tokens=4)
+    system, read, compressed = make(folder, kind, chat_template=template), list[int](), list[int]()
+    compress, read_shared = ArcModel.compress, Decoder.read_shared
 
-    def recorded(self: ArcModel, contexts: Sequence[Any], *args: Any) -> Any:
-        texts = [system.model.encoder_tokenizer.decode(list(ids)) for ids in contexts]
-        compressed.extend([texts] if texts else [])
+    def recorded(self: Decoder, batch: Any, *args: Any) -> Any:
+        read.append(batch.num_decoder_rows)
+        return read_shared(self, batch, *args)
+
+    def counted(self: ArcModel, contexts: Sequence[Any], *args: Any) -> Any:
+        compressed.append(len(contexts))
         return compress(self, contexts, *args)
 
-    monkeypatch.setattr(ArcModel, "compress", recorded)
-    batches = [[prompt(n, document=text) for n in range(2) for text in texts] for texts in ((TOWER, "Sea."), (TOWER,))]
-    found = [system.answer(batch) for batch in batches]
-    assert compressed == [[LAMP], ["Sea."], [TOWER]]
-    system.forget()
-    assert system.answer(batches[1]) == found[1] and compressed[3:] == [[LAMP], [TOWER]]
+    monkeypatch.setattr(Decoder, "read_shared", recorded)
+    monkeypatch.setattr(ArcModel, "compress", counted)
+    found = [*system.answer(prompts[:2]), *system.answer(prompts[2:])]
+    rows = system.num_rows(replace(prompts[0], parts=prompts[0].shared))
+    assert len(read) == 1 and rows - 1 <= read[0] <= rows and sum(compressed) == (kind == "arc")
+    apart = make(folder, kind, chat_template=template).answer([replace(each, shared=()) for each in prompts])
+    assert [answer.text for answer in found] == [answer.text for answer in apart] and len(read) == 1
 
 
 def test_long_documents_are_compressed_in_chunks_as_in_training(folder: Path, model: ArcModel) -> None:

@@ -127,7 +127,7 @@ def test_prompts_with_the_same_examples_are_asked_one_after_another(tmp_path: Pa
         lines = [f"{language}{number} " * (1 + number % 7) for number in range(12)]
         (tmp_path / f"{language}_Latn.dev").write_text("\n".join(lines))
     batches = _planned(TaskConfig(name="flores", path=str(tmp_path), num_examples=2), CLEAN)
-    examples = [{each.prompt.examples for each in batch.prompts} for batch in batches]
+    examples = [{each.prompt.shared for each in batch.prompts} for batch in batches]
     assert [len(found) for found in examples] == [1] * len(batches) and len(batches) >= 8
     runs = [found for found, before in zip(examples, [None, *examples], strict=False) if found != before]
     assert len(runs) == 4 and sum(len(batch.prompts) for batch in batches) == 40
@@ -135,7 +135,7 @@ def test_prompts_with_the_same_examples_are_asked_one_after_another(tmp_path: Pa
     task = TaskConfig(name="qa", path=str(files[0]), examples=str(files[1]), num_examples=2)
     mixed = _planned(task, dataclasses.replace(CLEAN, examples="per_sample"))
     assert max(len(batch.prompts) for batch in mixed) > 4 and len(mixed) < 12
-    assert {each.prompt.examples for batch in mixed for each in batch.prompts} == {()}
+    assert {each.prompt.shared for batch in mixed for each in batch.prompts} == {()}
 
 
 def test_questions_on_one_document_are_asked_together(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_the_prompt_of_a_chat_is_that_of_its_training(chat_folder: Path, name: L
     documents = [part.text for part in planned.parts if isinstance(part, Document)]
     texts = chat_parts(_filled(planned.parts, documents), layout, tokenizer)
     assert _text(tokenizer, texts).count("tower is of stone.") == 1, "a system of texts has the document in its turn"
-    examples = chat_parts(_filled(planned.examples, vectors), layout, tokenizer)
+    examples = chat_parts(_filled(planned.shared, vectors), layout, tokenizer)
     assert examples[:-1] == found[: len(examples) - 1], "the examples alone are what the prompt begins with"
 
 

@@ -19,7 +19,7 @@ from arc_ds.evaluation.datasets import find_task
 from arc_ds.evaluation.prompts import make_prompts
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
-from arc_ds.evaluation.shorten import Part, shorten
+from arc_ds.evaluation.shorten import Part, shorten, with_document
 from arc_ds.evaluation.systems.system import System
 from arc_ds.evaluation.task import EvalTask
 from arc_ds.system import dist
@@ -152,7 +152,6 @@ def make_plan(
 
     Raises DataError if prompts cannot be made of the samples.
     """
-    bar_off = None if dist.is_main() else True
     batches: list[Batch] = []
     too_long: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     prompts_of = cache(lambda idx, uses_documents: tasks[idx].prompts(protocol, seed, uses_documents=uses_documents))
@@ -161,15 +160,14 @@ def make_plan(
         if protocol.truncation != "reference":
             kept = protocol.truncation
         for idx, loaded in enumerate(tasks):
-            place_of = {sample.id: place for place, sample in enumerate(loaded.samples)}
-            planned = []
             prompts = prompts_of(idx, system.uses_documents)
-            for prompt in tqdm(prompts, f"plan {system.name}, {loaded.task.name}", leave=False, disable=bar_off):
-                found = _fit(prompt, place_of[prompt.sample.id], system, loaded.task, kept)
-                if found is None:
-                    too_long[system.name][loaded.task.name].append(prompt.sample.id)
-                else:
-                    planned.append(found)
+            place_of = {sample.id: place for place, sample in enumerate(loaded.samples)}
+            is_reference = protocol.truncation == "reference"
+            fitted = _fitted(prompts, place_of, system, loaded.task, kept, is_reference=is_reference)
+            planned = [each for each in fitted if each is not None]
+            if len(planned) < len(prompts):
+                left_out = [prompt.sample.id for prompt, each in zip(prompts, fitted, strict=True) if each is None]
+                too_long[system.name][loaded.task.name] = left_out
             smallest = 2 if loaded.task.layout == "long" else _MIN_GROUP
             for group in _by_shared(_by_document(planned), smallest):
                 batches += [Batch(system.name, loaded.task.name, each) for each in _grouped(group, max_batch_rows)]
@@ -182,18 +180,47 @@ def prompt_sha(prompt: EvalPrompt) -> str:
     return _sha([parts, prompt.max_new_tokens, prompt.stop])
 
 
-def _fit(prompt: EvalPrompt, place: int, system: System, task: EvalTask, kept: Part) -> PlannedPrompt | None:
-    answer = prompt.max_new_tokens
-    rows = system.num_rows(prompt) + answer
-    if system.max_rows is None or rows <= system.max_rows:
-        return PlannedPrompt(prompt, place, rows, 0)
-    if task.layout != "long" or system.max_rows <= answer:
-        return None
-    found = shorten(prompt, system, system.max_rows - answer, kept)
-    if found is None:
-        return None
-    shorter, num_cut = found
-    return PlannedPrompt(shorter, place, system.num_rows(shorter) + answer, num_cut)
+def _fitted(
+    prompts: Sequence[EvalPrompt],
+    place_of: Mapping[str, int],
+    system: System,
+    task: EvalTask,
+    kept: Part,
+    *,
+    is_reference: bool,
+) -> list[PlannedPrompt | None]:
+    """The prompts, shortened to the window; None for those that do not fit.
+
+    All questions on one document get the same part of it: the one that fits the longest question. The reference cuts
+    the document for each question apart.
+
+    place_of: places of the samples by id.
+    kept: the part of a document that is kept.
+    """
+    bar = tqdm(prompts, f"plan {system.name}, {task.name}", leave=False, disable=None if dist.is_main() else True)
+    rows = [system.num_rows(prompt) + prompt.max_new_tokens for prompt in bar]
+    found: list[PlannedPrompt | None] = [None] * len(rows)
+    texts: dict[tuple[str, ...], str] = {}  # the part of each document
+    for idx in sorted(range(len(rows)), key=lambda idx: -rows[idx]):
+        prompt = prompts[idx]
+        room = rows[idx] if system.max_rows is None else system.max_rows
+        shorter: EvalPrompt | None = prompt
+        if rows[idx] > room:
+            text = None if is_reference else texts.get(prompt.sample.passages)
+            shorter = None if text is None else with_document(prompt, text)
+            if shorter is None or system.num_rows(shorter) + prompt.max_new_tokens > room:
+                most = room - prompt.max_new_tokens
+                shorter = shorten(prompt, system, most, kept) if task.layout == "long" and most > 0 else None
+        if shorter is not None:
+            texts.setdefault(prompt.sample.passages, "".join(_documents(shorter)))
+            num_rows = rows[idx] if shorter is prompt else system.num_rows(shorter) + prompt.max_new_tokens
+            num_cut = sum(map(len, _documents(prompt))) - sum(map(len, _documents(shorter)))
+            found[idx] = PlannedPrompt(shorter, place_of[prompt.sample.id], num_rows, num_cut)
+    return found
+
+
+def _documents(prompt: EvalPrompt) -> list[str]:
+    return [part.text for part in prompt.parts if isinstance(part, Document)]
 
 
 def _by_document(planned: Sequence[PlannedPrompt]) -> list[PlannedPrompt]:

@@ -16,7 +16,7 @@ _AIM = 0.99  # of the window
 _MAX_WORD = 100  # characters
 
 
-def shorten(prompt: EvalPrompt, system: System, max_rows: int, part: Part) -> tuple[EvalPrompt, int] | None:
+def shorten(prompt: EvalPrompt, system: System, max_rows: int, part: Part) -> EvalPrompt | None:
     """The prompt with a part of its document, so that it takes at most `max_rows` decoder rows.
 
     The part is cut between words. It fills the window to about 98% or better. Every try tokenizes it again, and takes
@@ -26,15 +26,12 @@ def shorten(prompt: EvalPrompt, system: System, max_rows: int, part: Part) -> tu
     max_rows: rows of the prompt without its answer.
     part: the part of the document that is kept.
 
-    Returns the prompt and the number of characters that were cut. None: not even one word of the document fits.
+    None: not even one word of the document fits.
     """
-    place = next((idx for idx, each in enumerate(prompt.parts) if isinstance(each, Document)), None)
-    if place is None:
+    whole = next((each.text for each in prompt.parts if isinstance(each, Document)), None)
+    if whole is None:
         return None
-    document = prompt.parts[place]
-    assert isinstance(document, Document)
-    whole = document.text
-    best: tuple[EvalPrompt, int] | None = None
+    best: EvalPrompt | None = None
     fits, exceeds = 0, len(whole)  # the number of characters to keep lies between
     keep, rows = len(whole), system.num_rows(prompt)
     aim = keep * max_rows / rows
@@ -47,18 +44,23 @@ def shorten(prompt: EvalPrompt, system: System, max_rows: int, part: Part) -> tu
         if not kept:
             fits, aim = keep, 2 * keep
             continue
-        parts = (*prompt.parts[:place], replace(document, text=kept), *prompt.parts[place + 1 :])
-        shorter = replace(prompt, parts=parts, shared=())  # others lose another part
+        shorter = with_document(prompt, kept)
         rows = system.num_rows(shorter)
         if rows > max_rows:
             exceeds = keep
         else:
-            fits, best = keep, (shorter, len(whole) - len(kept))
+            fits, best = keep, shorter
             if rows >= _CLOSE_ENOUGH * max_rows:
                 break
         slope = (before[1] - rows) / (before[0] - keep)
         aim = keep + (_AIM * max_rows - rows) / slope if slope > 0 else 0
     return best
+
+
+def with_document(prompt: EvalPrompt, text: str) -> EvalPrompt:
+    """The prompt of a "long" task with another text of its document."""
+    parts = tuple(Document(text) if isinstance(each, Document) else each for each in prompt.parts)
+    return replace(prompt, parts=parts, shared=parts[: len(prompt.shared)])
 
 
 def _part(text: str, num_characters: int, part: Part) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -127,6 +128,7 @@ def _scores(sentences: list[str], query: str) -> np.ndarray:
         return np.zeros(len(sentences))
     import bm25s  # only this system needs the extra
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import sets DEBUG: two lines for each document
     index = bm25s.BM25()
     index.index(words, show_progress=False)
     return np.asarray(index.get_scores(asked))

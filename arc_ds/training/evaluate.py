@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from arc_ds.batch.segments import Marker
 from arc_ds.config.schema import RunConfig
 from arc_ds.data.loading.decoder_reader import ReaderFiles
+from arc_ds.data.tasks.chat import Layout
 from arc_ds.errors import ArcError
 from arc_ds.evaluation.config import EvalConfig, load_eval_config
 from arc_ds.evaluation.plan import EvalPlan, LoadedTask, load_task, make_plan
@@ -41,6 +42,7 @@ class Evaluator:
     tasks: its tasks.
     encoder_tokenizer: of the encoder.
     readers: for each trained decoder, the fields of its `DecoderReader` that its files give.
+    layouts: the turns of each trained decoder's chat.
     max_context_tokens: longest context in training.
     chunk_tokens: see `ArcSystem`; the largest chunk of a source of long contexts, if there is one.
     """
@@ -49,6 +51,7 @@ class Evaluator:
     tasks: Sequence[LoadedTask]
     encoder_tokenizer: Tokenizer
     readers: Sequence[Mapping[str, Any]]
+    layouts: Sequence[Layout]
     max_context_tokens: int
     chunk_tokens: int | None
 
@@ -102,8 +105,8 @@ class Evaluator:
         marker: Marker | None = "cont" if "cont" in run.spec.markers else None
         options: dict[str, Any] = {"marker": marker, "chunk_tokens": self.chunk_tokens}
         systems = {
-            name: ArcSystem(name, model, self._settings(run, name), decoder_idx=idx, **options)
-            for idx, name in enumerate(run.decoder_names)
+            name: ArcSystem(name, model, self._settings(run, name), decoder_idx=idx, layout=layout, **options)
+            for idx, (name, layout) in enumerate(zip(run.decoder_names, self.layouts, strict=True))
         }
         plan = self._plan(list(systems.values()))
         for batch in plan.batches[dist.rank() :: dist.world_size()]:
@@ -149,9 +152,10 @@ def open_evaluator(config: RunConfig, readers: Sequence[ReaderFiles]) -> Evaluat
     if config.evaluation is None:
         return None
     wanted = load_eval_config(config.evaluation.config, needs_systems=False)
-    opened = []
+    opened, layouts = [], []
     for decoder, files in zip(config.trained_decoders.values(), readers, strict=True):
-        path, tokenizer = Path(decoder.backbone), files.load().tokenizer
+        path, (tokenizer, layout) = Path(decoder.backbone), files.load()
+        layouts.append(layout)
         ends = {"stop_ids": find_stop_ids(path, tokenizer), "max_positions": find_max_positions(path)}
         opened.append({"tokenizer": tokenizer, "bos": config.data.decoder_bos, **ends})
     return Evaluator(
@@ -159,6 +163,7 @@ def open_evaluator(config: RunConfig, readers: Sequence[ReaderFiles]) -> Evaluat
         tasks=[load_task(task, wanted.protocol.protocol) for task in wanted.tasks],
         encoder_tokenizer=load_tokenizer(tokenizer_path(config.encoder)),
         readers=opened,
+        layouts=layouts,
         max_context_tokens=config.data.max_context_tokens,
         chunk_tokens=max(
             (each.chunk_tokens for each in config.data.sources if each.task == "long_context"), default=None

@@ -25,7 +25,8 @@ def _open(inputs: Path, *overrides: str) -> Evaluator:
     path = inputs.parent / "eval.yaml"
     path.write_text(yaml.safe_dump({"output": "unused", "tasks": [task]}))
     config = load_config(inputs, [f"evaluation={{every: 2, config: {path}}}", *overrides])
-    files = [ReaderFiles(tokenizer=each.backbone) for each in config.trained_decoders.values()]
+    decoders = config.trained_decoders.values()
+    files = [ReaderFiles(tokenizer=each.backbone, chat_template=each.chat_template) for each in decoders]
     found = open_evaluator(config, files)
     assert found is not None
     return found
@@ -45,3 +46,8 @@ def test_documents_are_read_in_the_chunks_of_long_context_sources(inputs: Path) 
     assert _open(inputs).chunk_tokens is None
     sources = [{"path": str(inputs.parent / "train"), "task": "long_context", "chunk_tokens": size} for size in (8, 12)]
     assert _open(inputs, f"data.sources={json.dumps(sources)}").chunk_tokens == 12
+
+
+def test_a_decoder_answers_in_the_turns_of_its_training(inputs: Path) -> None:
+    assert [layout.name for layout in _open(inputs).layouts] == ["none", "none"]
+    assert [layout.name for layout in _open(inputs, "decoders.1.chat_template=llama2").layouts] == ["none", "llama2"]

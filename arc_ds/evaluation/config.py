@@ -113,8 +113,9 @@ class EvalConfig:
     systems: tuple[SystemConfig, ...] = ()
     """The systems. A training evaluates its own model instead (`evaluation` in a run's config)."""
     max_batch_rows: Positive = 16384
-    """Decoder rows of a batch: its number of samples times its longest prompt plus the answer. A sample that exceeds
-    this alone is a batch of its own. Memory grows with it: keys and values of a row take 128 KiB for Llama 3.1 8B."""
+    """Decoder rows of a batch: its number of samples times its longest prompt plus the answer. In-context examples that
+    all samples share count once. A sample that exceeds this alone is a batch of its own. Memory grows with it: keys and
+    values of a row take 128 KiB for Llama 3.1 8B."""
     nll: bool = True
     """Whether to compute the NLL of each sample's first reference."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

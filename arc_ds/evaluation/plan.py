@@ -20,7 +20,7 @@ from arc_ds.evaluation.prompts import make_prompts
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
 from arc_ds.evaluation.shorten import Part, shorten, with_document
-from arc_ds.evaluation.systems.system import System
+from arc_ds.evaluation.systems.system import KeepsWork, System
 from arc_ds.evaluation.task import EvalTask
 from arc_ds.system import dist
 
@@ -90,16 +90,17 @@ class PlannedPrompt(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Prompts that a system answers together, of one task."""
+    """Prompts that a system answers together, of one task. shared_rows: rows of each prompt that are read once."""
 
     system: str
     task: str
     prompts: tuple[PlannedPrompt, ...]
+    shared_rows: int = 0
 
     @property
     def rows(self) -> int:
         """Decoder rows, with padding to the longest prompt."""
-        return len(self.prompts) * max(each.rows for each in self.prompts)
+        return _num_rows(len(self.prompts), max(each.rows for each in self.prompts), self.shared_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +171,9 @@ def make_plan(
                 too_long[system.name][loaded.task.name] = left_out
             smallest = 2 if loaded.task.layout == "long" else _MIN_GROUP
             for group in _by_shared(_by_document(planned), smallest):
-                batches += [Batch(system.name, loaded.task.name, each) for each in _grouped(group, max_batch_rows)]
+                shared = system.num_shared_rows(group[0].prompt) if isinstance(system, KeepsWork) else 0
+                grouped = _grouped(group, shared, max_batch_rows)
+                batches += [Batch(system.name, loaded.task.name, each, shared) for each in grouped]
     return EvalPlan(batches=tuple(batches), too_long=too_long)
 
 
@@ -245,16 +248,21 @@ def _by_shared(planned: Sequence[PlannedPrompt], smallest: int) -> list[list[Pla
     return list(groups.values())
 
 
-def _grouped(planned: Sequence[PlannedPrompt], max_rows: int) -> Iterator[tuple[PlannedPrompt, ...]]:
-    """Cut a list into batches, whose number of prompts times the longest prompt is at most `max_rows`."""
+def _grouped(planned: Sequence[PlannedPrompt], shared: int, max_rows: int) -> Iterator[tuple[PlannedPrompt, ...]]:
+    """Cut a list into batches of at most `max_rows` rows, of which each prompt shares the first ones."""
     first, longest = 0, 0
     for place, each in enumerate(planned):
         longest = max(longest, each.rows)
-        if place > first and (place + 1 - first) * longest > max_rows:
+        if place > first and _num_rows(place + 1 - first, longest, shared) > max_rows:
             yield tuple(planned[first:place])
             first, longest = place, each.rows
     if planned:
         yield tuple(planned[first:])
+
+
+def _num_rows(num_prompts: int, longest: int, shared: int) -> int:
+    """Decoder rows of a batch, with padding to the longest prompt. Shared rows are there once."""
+    return num_prompts * (longest - shared) + shared
 
 
 def _sha(value: Any) -> str:

@@ -100,7 +100,7 @@ class DecoderSystem(ABC):
             # A sampled answer is drawn alone, so that it does not depend on its batch.
             alone = idx if self._is_sampled(prompt) else None
             groups.setdefault((prompt.stop, alone), []).append(idx)
-        num_shared, found = self._num_shared(prompts), dict[int, Answer]()
+        num_shared, found = self._most_shared(prompts), dict[int, Answer]()
         for (stop, alone), members in groups.items():
             answers = self.reader.answer_rows(
                 [self.reader.rows(read[idx], idx) for idx in members],
@@ -121,14 +121,16 @@ class DecoderSystem(ABC):
         both = zip(self._all_parts(prompts), answers, strict=True)
         read = [self._read(parts, f" {answer}") for parts, answer in both]
         rows = [self.reader.rows(parts, idx) for idx, (parts, _) in enumerate(read)]
-        return self.reader.nll_rows(rows, [ids for _, ids in read], _ANY_NUMBER, self._num_shared(prompts))
+        return self.reader.nll_rows(rows, [ids for _, ids in read], _ANY_NUMBER, self._most_shared(prompts))
 
-    def _num_shared(self, prompts: Sequence[EvalPrompt]) -> int:
-        """Rows of the shared parts. The reader shares at most these, which depend on no earlier call."""
-        if not prompts or not prompts[0].shared:
+    def _most_shared(self, prompts: Sequence[EvalPrompt]) -> int:
+        return self.num_shared_rows(prompts[0]) if prompts else 0
+
+    def num_shared_rows(self, prompt: EvalPrompt) -> int:
+        """See `KeepsWork`. The reader shares at most these, which depend on no earlier call."""
+        if not prompt.shared:
             return 0
-        sample = replace(prompts[0].sample, question=None)
-        return self.num_rows(replace(prompts[0], sample=sample, parts=prompts[0].shared))
+        return self.num_rows(replace(prompt, sample=replace(prompt.sample, question=None), parts=prompt.shared))
 
     def _all_parts(self, prompts: Sequence[EvalPrompt]) -> list[list[str | Vectors]]:
         return [self.parts(prompt) for prompt in prompts]

@@ -67,6 +67,10 @@ class KeepsWork(Protocol):
     `forget` after the last batch of the system, because kept work takes memory.
     """
 
+    def num_shared_rows(self, prompt: EvalPrompt) -> int:
+        """Decoder rows of the shared parts of a prompt, which are read and kept once."""
+        ...
+
     def forget(self) -> None:
         """Drop all kept work."""
         ...

@@ -117,6 +117,7 @@ def test_kept_work_is_dropped_after_the_last_batch_of_a_system(config: Path, mon
     answer = fake_eval.Echo.answer
     monkeypatch.setattr(fake_eval.Echo, "answer", lambda self, ps: [calls.append(self.name), answer(self, ps)][1])
     monkeypatch.setattr(fake_eval.Echo, "forget", lambda self: calls.append(f"forget {self.name}"), raising=False)
+    monkeypatch.setattr(fake_eval.Echo, "num_shared_rows", lambda *_: 0, raising=False)
     _evaluate(config)
     assert list(dict.fromkeys(calls)) == ["open", "forget open", "closed"] and calls.count("forget open") == 1
 
@@ -155,9 +156,29 @@ def test_questions_on_one_document_are_asked_together(tmp_path: Path) -> None:
     assert max(batch.rows for batch in batches) <= 600 and len({each.prompt.sample.id for each in asked}) == 40
 
 
-def _planned(task: TaskConfig, protocol: Protocol) -> Sequence[Batch]:
+def test_rows_that_a_batch_shares_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = fake_eval.write_questions(tmp_path / "q.jsonl", 45)
+    task = TaskConfig(name="qa", path=str(path), num_examples=5)
+    apart = _planned(task, CLEAN)
+    shared = [dataclasses.replace(each.prompt, parts=each.prompt.shared) for each in apart[0].prompts]
+    sizes = [_echo().num_rows(each) for each in shared]
+    monkeypatch.setattr(fake_eval.Echo, "num_shared_rows", lambda *_: sizes[0], raising=False)
+    monkeypatch.setattr(fake_eval.Echo, "forget", lambda _: None, raising=False)
+    together = _planned(task, CLEAN)
+    assert len(set(sizes)) == 1 and len(together) <= len(apart) / 2
+    for batch in together:
+        longest = max(each.rows for each in batch.prompts)
+        assert batch.rows == sizes[0] + len(batch.prompts) * (longest - sizes[0]) <= 600
+    assert sum(len(batch.prompts) for batch in together) == sum(len(batch.prompts) for batch in apart) == 40
+
+
+def _echo() -> fake_eval.Echo:
     settings: Any = SimpleNamespace(name="echo")
-    system = fake_eval.Echo(fake_eval.EchoSection(), settings)
+    return fake_eval.Echo(fake_eval.EchoSection(), settings)
+
+
+def _planned(task: TaskConfig, protocol: Protocol) -> Sequence[Batch]:
+    system = _echo()
     loaded = load_task(task, protocol)
     return make_plan([system], [loaded], protocol, arc_names=(), seed=0, max_batch_rows=600).batches
 

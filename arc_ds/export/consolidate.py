@@ -145,10 +145,10 @@ def with_decoders(trained: TrainedCompressor, names: Collection[str] = ()) -> Tr
             tensors[f"ports.0.{name}" if part == "bridge" and not is_shared else name] = tensor
         elif int(port) in chosen:
             tensors[f"ports.{chosen.index(int(port))}.{leaf}"] = tensor
-    sizes = tuple(trained.spec.decoder_sizes[idx] for idx in chosen)
+    spec = trained.spec.with_ports((trained.spec.decoder_sizes[idx], trained.spec.adapters_of(idx)) for idx in chosen)
     return replace(
         trained,
-        spec=replace(trained.spec, decoder_sizes=sizes, bridge_shared=is_shared),
+        spec=replace(spec, bridge_shared=is_shared),
         tensors=tensors,
         decoders=tuple(trained.decoders[idx] for idx in chosen),
         decoder_ids=tuple(trained.decoder_ids[idx] for idx in chosen) if trained.decoder_ids else (),

@@ -23,7 +23,13 @@ from arc_ds.batch.segments import Marker, Sample, Segment, TokenIds
 from arc_ds.data.tasks.chat import LayoutName
 from arc_ds.errors import ConfigError, DataError, TokenizerError
 from arc_ds.inference.generate import Sampling, whole_number
-from arc_ds.inference.load import load_compressor, load_encoder_tokenizer, open_arc_folder, open_trained_decoders
+from arc_ds.inference.load import (
+    add_adapters_of_ports,
+    load_compressor,
+    load_encoder_tokenizer,
+    open_arc_folder,
+    open_trained_decoders,
+)
 from arc_ds.inference.prompt import Context, Parts, Prompt, Vectors
 from arc_ds.inference.reader import (
     Answer,
@@ -140,7 +146,8 @@ class ArcModel:
         """Load an export of ARC-DS or a checkpoint in the reference's ARC format, and the decoders it was trained for.
 
         decoders: a weights folder or .gguf file for each port, in port order. The list may be shorter; `compress` alone
-            needs no decoder. Decoder weights are never changed.
+            needs no decoder. The files are never changed. Adapters of a decoder (`decoders[].lora`) are added to its
+            weights in memory.
         encoder_backbone: folder with config and tokenizer of the encoder's backbone (weights are not needed).
             Checkpoints of the reference need it, because they do not contain these.
         pooling_factor: replaces the factor of the last pooled layer. The paper advises at most the trained factor.
@@ -151,7 +158,8 @@ class ArcModel:
         force: whether a decoder may be another model than the one of training, with its own tokenizer.
 
         Raises WeightsError if files are missing, tensors do not fit, a decoder's width differs from its port's, or a
-        decoder is another model than the one of training.
+        decoder is another model than the one of training. Also if only the embedding of a decoder with adapters is
+        wanted: the engine that runs the decoder does not know them.
         Raises TokenizerError if a tokenizer is damaged, or gives other ids than the one of training.
         Raises ConfigError if the pooling factor or the number of memory tokens is invalid, or if the device is not
         available.
@@ -164,22 +172,23 @@ class ArcModel:
         if memory_tokens is not None:
             spec = _with_memory_tokens(spec, memory_tokens)
             tensors = use_memory_tokens(tensors, memory_tokens)
-        opened = open_trained_decoders(paths, folder, arc_dir, trust_remote_code=trust_remote_code, force=force)
-        encoder_tokenizer = load_encoder_tokenizer(folder, arc_dir)
         is_whole = decoder_parts == "all"
+        opened = open_trained_decoders(
+            paths, folder, arc_dir, is_whole=is_whole, trust_remote_code=trust_remote_code, force=force
+        )
+        encoder_tokenizer = load_encoder_tokenizer(folder, arc_dir)
         # Small files first: their faults should not show only after minutes of loading.
         readers = [
             reader_of(path, each, settings, force=force, is_whole=is_whole, name=f"decoder {idx}")
             for idx, (path, each, settings) in enumerate(zip(paths, opened, folder.decoders, strict=False))
         ]
         compressor = load_compressor(spec, tensors, device, dtype)
+        loaded = [each.load(device, dtype) if is_whole else each.load_embedding(device, dtype) for each in opened]
+        add_adapters_of_ports(compressor.ports, loaded)
         return ArcModel(
             spec,
             compressor,
-            [
-                reader(decoder=each.load(device, dtype) if is_whole else each.load_embedding(device, dtype))
-                for reader, each in zip(readers, opened, strict=True)
-            ],
+            [reader(decoder=decoder) for reader, decoder in zip(readers, loaded, strict=True)],
             encoder_tokenizer=encoder_tokenizer,
             texts_apart=folder.texts_apart,
             max_context_tokens=folder.max_context_tokens,
@@ -267,10 +276,14 @@ class ArcModel:
         prompts: as for `generate`.
         vectors: see `generate_ids`.
 
-        Raises the errors of `generate` on prompts.
+        Raises the errors of `generate` on prompts, and ConfigError if the decoder has adapters.
         """
         check_is_list("prompts", prompts)
         reader = self._reader(decoder)
+        if self.spec.adapters_of(decoder) is not None:
+            raise ConfigError(
+                f"decoder {decoder} has adapters (decoders[].lora), which another engine does not know. Use `generate`."
+            )
         if not prompts:
             return []
         rows = self._rows(self._all_parts(prompts, decoder), decoder, vectors)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from arc_ds.batch.segments import MARKERS
 from arc_ds.data.tasks.chat import LayoutName
@@ -15,7 +16,11 @@ from arc_ds.errors import TokenizerError, WeightsError
 from arc_ds.inference.checksums import check_sizes
 from arc_ds.inference.decoders import Implementation, OpenedDecoder, open_decoder
 from arc_ds.inference.weight_samples import check_weights
-from arc_ds.model.compressor import Compressor
+from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.compressor import Compressor, DecoderPort
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.decoder_adapters import DecoderLora
+from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import (
     SelectedTensors,
@@ -130,6 +135,15 @@ def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.de
     return compressor
 
 
+def add_adapters_of_ports(ports: Iterable[nn.Module], decoders: Iterable[FrozenDecoder]) -> None:
+    """Add the adapters of ports, if any, to the weights of the loaded decoders."""
+    for port, decoder in zip(ports, decoders, strict=False):
+        if isinstance(port, DecoderPort) and port.adapters is not None:
+            assert isinstance(decoder, Decoder), "`open_trained_decoders` refuses others"
+            decoder.use_adapters(port.adapters.spec, port.adapters())
+            decoder.use_no_adapters(merged=True)
+
+
 def check_compressor(spec: CompressorSpec, source: TensorSource) -> None:
     """Raise WeightsError if `load_compressor` would. Reads names and shapes only."""
     check_fit(empty_compressor(spec, source.path), source)
@@ -149,11 +163,13 @@ def open_trained_decoders(
     folder: ArcFolder,
     arc_dir: str | Path,
     *,
+    is_whole: bool = True,
     trust_remote_code: bool = False,
     force: bool = False,
 ) -> list[OpenedDecoder]:
     """Open the decoders that a compressor was trained for, in the order of the ports, before any weights are read.
 
+    is_whole: whether the decoders will compute. Otherwise one with adapters is refused.
     trust_remote_code: see `open_decoder`.
     force: whether a decoder may be another model than the one of training. A warning names it.
 
@@ -182,6 +198,21 @@ def open_trained_decoders(
             )
     for path, settings, decoder in zip(paths, folder.decoders, opened, strict=False):
         check_weights(decoder, settings.weights, path, arc_dir, force=force)
+    for idx, (path, decoder) in enumerate(zip(paths, opened, strict=True)):
+        lora, sizes = folder.spec.adapters_of(idx), decoder.sizes
+        if lora is None:
+            continue
+        if not is_whole:
+            raise WeightsError(
+                f"{arc_dir} has adapters for decoder {path} (decoders[].lora), so another server would answer with the "
+                "wrong weights. Let ARC-DS run the decoder: leave out --upstream of arc-ds serve, `server` of an "
+                "evaluation, or prompt_embeds."
+            )
+        if not isinstance(sizes, BackboneConfig) or lora != DecoderLora.of(sizes, rank=lora.rank, scale=lora.scale):
+            raise WeightsError(
+                f"{arc_dir} has adapters for a decoder whose layers have other sizes than those of {path}, or run "
+                "another implementation. Give the decoder of the training."
+            )
     return opened
 
 

@@ -37,8 +37,8 @@ class DecoderPort(nn.Module):
         super().__init__()
         self.cont = nn.Parameter(torch.ones(1, width)) if "cont" in markers else None
         self.rec = nn.Parameter(torch.ones(1, width)) if "rec" in markers else None
+        self.adapters, self.use_adapters = adapters, None  # adapters first, as in forward: the plan reads the order
         self.bridge = bridge
-        self.adapters, self.use_adapters = adapters, None
 
     @property
     def markers(self) -> tuple[Marker, ...]:
@@ -71,10 +71,8 @@ class DecoderPort(nn.Module):
         sliver = states_GD[:1].detach()
         if self.markers:
             sliver = sliver + self._table().sum(0, keepdim=True).to(sliver.dtype)
-        rest = self.bridge(sliver).sum()
-        if self.adapters is not None:
-            rest = rest + torch.stack([tensor.sum() for tensor in self.adapters()]).sum()
-        return rest * 0.0
+        adapters = () if self.adapters is None else self.adapters()
+        return sum((tensor.sum() for tensor in adapters), self.bridge(sliver).sum()) * 0.0
 
     def _table(self) -> Tensor:
         """Markers by kind [2, D]. A kind that this port lacks is a row of zeros, which no batch uses."""

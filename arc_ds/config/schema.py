@@ -212,9 +212,9 @@ class DecoderConfig:
     decoder themselves are refused. Rows before the compressed ones then take part in backward. Only for
     `implementation: native`. None: no adapters."""
     fresh_bridge: bool = False
-    """Start with a fresh bridge and markers. Set it for a new decoder. Otherwise a decoder continues those of its name
-    in `encoder.init_from`, or those at its place in the list if no decoder here has their name. Decoders beyond the
-    list of `encoder.init_from` always start fresh."""
+    """Start with a fresh bridge, markers and adapters. Set it for a new decoder. Otherwise a decoder continues those of
+    its name in `encoder.init_from`, or those at its place in the list if no decoder here has their name. Decoders
+    beyond the list of `encoder.init_from` always start fresh."""
     chat_template: Literal["none", "llama2", "chatml", "tokenizer"] = "none"
     """none: one running text (a base model). llama2, chatml: the turns of Llama 2 Chat or ChatML. tokenizer: the
     template in its tokenizer's files. In a chat the template decides how the sequence begins, not `decoder_bos`."""

@@ -25,6 +25,7 @@ from arc_ds.errors import ConfigError, DataError, TokenizerError
 from arc_ds.inference.generate import Sampling, whole_number
 from arc_ds.inference.load import (
     add_adapters_of_ports,
+    check_runs_elsewhere,
     load_compressor,
     load_encoder_tokenizer,
     open_arc_folder,
@@ -158,8 +159,7 @@ class ArcModel:
         force: whether a decoder may be another model than the one of training, with its own tokenizer.
 
         Raises WeightsError if files are missing, tensors do not fit, a decoder's width differs from its port's, or a
-        decoder is another model than the one of training. Also if only the embedding of a decoder with adapters is
-        wanted: the engine that runs the decoder does not know them.
+        decoder is another model than the one of training.
         Raises TokenizerError if a tokenizer is damaged, or gives other ids than the one of training.
         Raises ConfigError if the pooling factor or the number of memory tokens is invalid, or if the device is not
         available.
@@ -172,11 +172,9 @@ class ArcModel:
         if memory_tokens is not None:
             spec = _with_memory_tokens(spec, memory_tokens)
             tensors = use_memory_tokens(tensors, memory_tokens)
-        is_whole = decoder_parts == "all"
-        opened = open_trained_decoders(
-            paths, folder, arc_dir, is_whole=is_whole, trust_remote_code=trust_remote_code, force=force
-        )
+        opened = open_trained_decoders(paths, folder, arc_dir, trust_remote_code=trust_remote_code, force=force)
         encoder_tokenizer = load_encoder_tokenizer(folder, arc_dir)
+        is_whole = decoder_parts == "all"
         # Small files first: their faults should not show only after minutes of loading.
         readers = [
             reader_of(path, each, settings, force=force, is_whole=is_whole, name=f"decoder {idx}")
@@ -184,7 +182,8 @@ class ArcModel:
         ]
         compressor = load_compressor(spec, tensors, device, dtype)
         loaded = [each.load(device, dtype) if is_whole else each.load_embedding(device, dtype) for each in opened]
-        add_adapters_of_ports(compressor.ports, loaded)
+        if is_whole:
+            add_adapters_of_ports(compressor.ports, loaded)
         return ArcModel(
             spec,
             compressor,
@@ -280,10 +279,7 @@ class ArcModel:
         """
         check_is_list("prompts", prompts)
         reader = self._reader(decoder)
-        if self.spec.adapters_of(decoder) is not None:
-            raise ConfigError(
-                f"decoder {decoder} has adapters (decoders[].lora), which another engine does not know. Use `generate`."
-            )
+        check_runs_elsewhere(self.spec, decoder)
         if not prompts:
             return []
         rows = self._rows(self._all_parts(prompts, decoder), decoder, vectors)

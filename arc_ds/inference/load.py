@@ -12,7 +12,7 @@ from torch import nn
 
 from arc_ds.batch.segments import MARKERS
 from arc_ds.data.tasks.chat import LayoutName
-from arc_ds.errors import TokenizerError, WeightsError
+from arc_ds.errors import ConfigError, TokenizerError, WeightsError
 from arc_ds.inference.checksums import check_sizes
 from arc_ds.inference.decoders import Implementation, OpenedDecoder, open_decoder
 from arc_ds.inference.weight_samples import check_weights
@@ -135,6 +135,15 @@ def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.de
     return compressor
 
 
+def check_runs_elsewhere(spec: CompressorSpec, decoder: int) -> None:
+    """Raise ConfigError if a decoder has adapters, which another engine does not know. decoder: index of its port."""
+    if spec.adapters_of(decoder) is not None:
+        raise ConfigError(
+            f"decoder {decoder} has adapters (decoders[].lora), so another engine would answer with the wrong weights. "
+            "Let ARC-DS run it: use `generate`, and leave out --upstream, `server` and prompt_embeds."
+        )
+
+
 def add_adapters_of_ports(ports: Iterable[nn.Module], decoders: Iterable[FrozenDecoder]) -> None:
     """Add the adapters of ports, if any, to the weights of the loaded decoders."""
     for port, decoder in zip(ports, decoders, strict=False):
@@ -163,18 +172,16 @@ def open_trained_decoders(
     folder: ArcFolder,
     arc_dir: str | Path,
     *,
-    is_whole: bool = True,
     trust_remote_code: bool = False,
     force: bool = False,
 ) -> list[OpenedDecoder]:
     """Open the decoders that a compressor was trained for, in the order of the ports, before any weights are read.
 
-    is_whole: whether the decoders will compute. Otherwise one with adapters is refused.
     trust_remote_code: see `open_decoder`.
     force: whether a decoder may be another model than the one of training. A warning names it.
 
-    Raises WeightsError if there are too many, one has another width than its port or is another model, and like
-    `open_decoder`.
+    Raises WeightsError if there are too many, one has another width than its port or is another model, its layers do
+    not fit the adapters of its port, and like `open_decoder`.
     """
     widths = folder.spec.decoder_sizes
     if len(paths) > len(widths):
@@ -202,12 +209,6 @@ def open_trained_decoders(
         lora, sizes = folder.spec.adapters_of(idx), decoder.sizes
         if lora is None:
             continue
-        if not is_whole:
-            raise WeightsError(
-                f"{arc_dir} has adapters for decoder {path} (decoders[].lora), so another server would answer with the "
-                "wrong weights. Let ARC-DS run the decoder: leave out --upstream of arc-ds serve, `server` of an "
-                "evaluation, or prompt_embeds."
-            )
         if not isinstance(sizes, BackboneConfig) or lora != DecoderLora.of(sizes, rank=lora.rank, scale=lora.scale):
             raise WeightsError(
                 f"{arc_dir} has adapters for a decoder whose layers have other sizes than those of {path}, or run "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arc_ds.checkpoints.shards import SavedParameter, open_shards
+from arc_ds.errors import CheckpointError
 from arc_ds.export.consolidate import consolidate, consolidate_newest, find_checkpoint
 from arc_ds.model.weights import open_backbone
 from arc_ds.model.weights.lazy_tensor import as_lazy
@@ -68,7 +69,9 @@ def test_adapters_are_saved_resumed_and_merged_into_an_ordinary_encoder(tmp_path
         else:
             assert not change.any(), name
     half = tmp_path / "run" / "checkpoints" / "step_000002"
-    mean = consolidate_newest(tmp_path / "run", 2)[1].tensors
+    with pytest.raises(CheckpointError, match="adapters of a decoder.*without --average"):
+        consolidate_newest(tmp_path / "run", 2)
+    mean = consolidate_newest(tmp_path / "run", 2, decoders=["other"])[1].tensors
     steps = [consolidate(half.with_name(name)).tensors for name in ("step_000002", "step_000004")]
     for name in changes:  # of the merged weights, not of the adapters
         expected = torch.lerp(*(as_lazy(step[name]).whole() for step in steps), 0.5)

@@ -30,6 +30,7 @@ from arc_ds.evaluation.systems.system import Answer, AnswerNll
 from arc_ds.inference.arc import ArcModel
 from arc_ds.inference.decoders import Implementation
 from arc_ds.inference.generate import Sampling
+from arc_ds.inference.load import check_runs_elsewhere
 from arc_ds.inference.prompt import Parts, Vectors
 from arc_ds.inference.reader import DecoderReader
 from arc_ds.inference.vectors import model_digest
@@ -513,6 +514,7 @@ def build_arc(section: ArcSection, settings: SystemSettings) -> ArcSystem:
         decoder_parts="all" if section.server is None else "embedding",
     )
     if section.server is not None:
+        check_runs_elsewhere(model.spec, section.decoder_idx)
         readers, path = list(model.readers), Path(section.decoders[section.decoder_idx])
         readers[section.decoder_idx] = open_vector_reader(section.server, readers[section.decoder_idx], path)
         model.readers = tuple(readers)

@@ -19,6 +19,7 @@ from arc_ds.model.decoder_adapters import DecoderAdapters, DecoderLora
 from arc_ds.model.linear import Linear
 from arc_ds.model.lora import starting_adapter
 from arc_ds.model.spec import CompressorSpec
+from arc_ds.training.engine import PlacedDecoder
 from tests.helpers.tiny_compressor import MANY_PARTS, OUTPUT_NORMED, TINY, fill, sample, tiny_compressor, tiny_decoder
 
 EXACT = 1e-13  # of a tensor's norm
@@ -96,8 +97,9 @@ def test_fresh_adapters_change_no_bit_and_text_alone_has_none() -> None:
         assert bool(grad.any()) == name.endswith("_b") != bool(parameter.any()), name
     fill(adapters, 4)
     assert not torch.equal(_adapted(decoder, adapters, whole)[0], frozen)
-    decoder.use_no_adapters()
-    assert torch.equal(decoder(whole, z), frozen)
+    text = pack([sample(4, seed=2)], PoolingSpec(()))
+    alone = PlacedDecoder(module=decoder)(text, None)  # validation's bounds
+    assert torch.equal(alone, tiny_decoder()(text, None)) and not decoder.is_adapted
 
 
 def test_merged_weights_are_the_sums_and_need_no_adapters() -> None:

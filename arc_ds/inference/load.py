@@ -211,8 +211,8 @@ def open_trained_decoders(
             continue
         if not isinstance(sizes, BackboneConfig) or lora != DecoderLora.of(sizes, rank=lora.rank, scale=lora.scale):
             raise WeightsError(
-                f"{arc_dir} has adapters for a decoder whose layers have other sizes than those of {path}, or run "
-                "another implementation. Give the decoder of the training."
+                f"the adapters in {arc_dir} do not fit the layers of decoder {path}. Give the decoder of the training, "
+                "in a form that our own transformer reads."
             )
     return opened
 

@@ -71,6 +71,7 @@ _LATER: Mapping[str, Scalar] = {
     "encoder.lora": None,
     "bridge.shared": False,
     "decoders.*.train": True,
+    "decoders.*.lora": None,
     "optimizer.skip_spikes": None,
 }
 

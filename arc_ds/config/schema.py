@@ -38,9 +38,9 @@ Recompute = Annotated[Literal["none", "selective", "full"], {"true": "full", "fa
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters on the linears of the encoder's layers: y = W x + (alpha / rank) B A x."""
+    """Low-rank adapters on the linears of all layers: y = W x + (alpha / rank) B A x."""
 
-    rank: Annotated[int, Range(at_least=1, cure="null trains the weights themselves.")]
+    rank: Annotated[int, Range(at_least=1, cure="lora: null means no adapters.")]
     """Rows of A and columns of B. Both are trained; W is frozen."""
     alpha: PositiveFloat = 16.0
     """Numerator of the factor alpha / rank."""
@@ -181,7 +181,7 @@ class BridgeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """One frozen decoder."""
+    """One decoder. Its weights are frozen."""
 
     name: str
     """Unique name in metrics and in `generate`: letters, digits, `_`, `-`, `.`."""
@@ -206,10 +206,15 @@ class DecoderConfig:
     """Activations that backward recomputes (arc_ds/README.md, Memory). none: none. selective: the FFN's up to its last
     product. full: each layer from its input: least memory, one more decoder forward. true is full, false is none.
     Through transformers selective is not available."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters of this decoder with its bridge, at the rate `optimizer.encoder_lr`. Its own weights stay
+    frozen. Exports contain the adapters, and `ArcModel` adds them to the decoder's weights; servers that run the
+    decoder themselves are refused. Rows before the compressed ones then take part in backward. Only for
+    `implementation: native`. None: no adapters."""
     fresh_bridge: bool = False
-    """Start with a fresh bridge and markers. Set it for a new decoder. Otherwise a decoder continues those of its name
-    in `encoder.init_from`, or those at its place in the list if no decoder here has their name. Decoders beyond the
-    list of `encoder.init_from` always start fresh."""
+    """Start with a fresh bridge, markers and adapters. Set it for a new decoder. Otherwise a decoder continues those of
+    its name in `encoder.init_from`, or those at its place in the list if no decoder here has their name. Decoders
+    beyond the list of `encoder.init_from` always start fresh."""
     chat_template: Literal["none", "llama2", "chatml", "tokenizer"] = "none"
     """none: one running text (a base model). llama2, chatml: the turns of Llama 2 Chat or ChatML. tokenizer: the
     template in its tokenizer's files. In a chat the template decides how the sequence begins, not `decoder_bos`."""

@@ -15,6 +15,10 @@ from arc_ds.system.urls import is_url, local_path
 
 # A decoder through transformers has no part that we could recompute on its own.
 NO_SELECTIVE = "selective is not available through transformers. Set full, or none."
+NO_ADAPTERS = (
+    "adapters are not available through transformers. Remove the key, or choose a decoder that implementation: native "
+    "computes."
+)
 DECODER_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -150,6 +154,10 @@ def _decoder_problems(config: RunConfig) -> Iterator[str]:
             )
         if decoder.implementation == "transformers" and decoder.activation_checkpointing == "selective":
             yield f"decoders.{idx}.activation_checkpointing: {NO_SELECTIVE}"
+        if decoder.lora is not None and decoder.implementation == "transformers":
+            yield f"decoders.{idx}.lora: {NO_ADAPTERS}"
+        if decoder.lora is not None and not decoder.train:
+            yield f"decoders.{idx}: lora needs training, but train is false. Remove one of the two keys."
         if not decoder.train and decoder.fresh_bridge:
             yield f"decoders.{idx}: fresh_bridge needs training, but train is false. Remove one of the two keys."
 

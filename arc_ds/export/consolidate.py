@@ -113,7 +113,7 @@ def consolidate_newest(
         checkpoint, attempts = find_checkpoint(path), attempts + 1
         try:
             members = [consolidate(each, encoder) for each in _last_checkpoints(checkpoint, average)]
-            trained = with_decoders(_average(members), decoders)
+            trained = _average([with_decoders(member, decoders) for member in members])
             use(trained)
             return checkpoint, trained
         except CheckpointRemoved:
@@ -145,10 +145,10 @@ def with_decoders(trained: TrainedCompressor, names: Collection[str] = ()) -> Tr
             tensors[f"ports.0.{name}" if part == "bridge" and not is_shared else name] = tensor
         elif int(port) in chosen:
             tensors[f"ports.{chosen.index(int(port))}.{leaf}"] = tensor
-    sizes = tuple(trained.spec.decoder_sizes[idx] for idx in chosen)
+    spec = trained.spec.with_ports((trained.spec.decoder_sizes[idx], trained.spec.adapters_of(idx)) for idx in chosen)
     return replace(
         trained,
-        spec=replace(trained.spec, decoder_sizes=sizes, bridge_shared=is_shared),
+        spec=replace(spec, bridge_shared=is_shared),
         tensors=tensors,
         decoders=tuple(trained.decoders[idx] for idx in chosen),
         decoder_ids=tuple(trained.decoder_ids[idx] for idx in chosen) if trained.decoder_ids else (),
@@ -225,6 +225,11 @@ def _average(members: Sequence[TrainedCompressor]) -> TrainedCompressor:
     last = members[-1]
     if len(members) == 1:
         return last
+    if last.spec.adapters:
+        raise CheckpointError(
+            "the checkpoints hold adapters of a decoder, whose products have no mean of the same rank. Export one of "
+            "them without --average."
+        )
     shapes = [{name: tuple(tensor.shape) for name, tensor in each.tensors.items()} for each in members]
     if any(each.spec != last.spec for each in members) or any(each != shapes[-1] for each in shapes):
         steps = ", ".join(str(each.step) for each in members)

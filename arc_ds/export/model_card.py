@@ -25,10 +25,12 @@ def model_card(trained: TrainedCompressor, out: Path, dtype: str) -> str:
     spec, record = trained.spec, trained.record
     factors = ", ".join(f"{rule.kind} {rule.value}" for rule in spec.rules) or f"{spec.memory_tokens} memory tokens"
     names = ", ".join(f"{d.name} (width {w})" for d, w in zip(trained.decoders, spec.decoder_sizes, strict=True))
+    adapted = ", ".join(d.name for idx, d in enumerate(trained.decoders) if spec.adapters_of(idx) is not None)
     parameters = sum(tensor.numel() for tensor in trained.tensors.values())
     steps = ", ".join(map(str, trained.averaged_steps))
     rows = {
         "decoders": names,
+        **({"adapters of decoders": f"{adapted} (`ArcModel` adds them to the decoder's weights)"} if adapted else {}),
         "pooling": f"{spec.strategy}, {factors}",
         "encoder": f"{spec.num_layers} layers, width {spec.backbone.hidden_size}",
         "parameters": f"{parameters / 1e6:.1f} M, {dtype}",

@@ -23,7 +23,14 @@ from arc_ds.batch.segments import Marker, Sample, Segment, TokenIds
 from arc_ds.data.tasks.chat import LayoutName
 from arc_ds.errors import ConfigError, DataError, TokenizerError
 from arc_ds.inference.generate import Sampling, whole_number
-from arc_ds.inference.load import load_compressor, load_encoder_tokenizer, open_arc_folder, open_trained_decoders
+from arc_ds.inference.load import (
+    add_adapters_of_ports,
+    check_runs_elsewhere,
+    load_compressor,
+    load_encoder_tokenizer,
+    open_arc_folder,
+    open_trained_decoders,
+)
 from arc_ds.inference.prompt import Context, Parts, Prompt, Vectors
 from arc_ds.inference.reader import (
     Answer,
@@ -140,7 +147,8 @@ class ArcModel:
         """Load an export of ARC-DS or a checkpoint in the reference's ARC format, and the decoders it was trained for.
 
         decoders: a weights folder or .gguf file for each port, in port order. The list may be shorter; `compress` alone
-            needs no decoder. Decoder weights are never changed.
+            needs no decoder. The files are never changed. Adapters of a decoder (`decoders[].lora`) are added to its
+            weights in memory.
         encoder_backbone: folder with config and tokenizer of the encoder's backbone (weights are not needed).
             Checkpoints of the reference need it, because they do not contain these.
         pooling_factor: replaces the factor of the last pooled layer. The paper advises at most the trained factor.
@@ -173,13 +181,13 @@ class ArcModel:
             for idx, (path, each, settings) in enumerate(zip(paths, opened, folder.decoders, strict=False))
         ]
         compressor = load_compressor(spec, tensors, device, dtype)
+        loaded = [each.load(device, dtype) if is_whole else each.load_embedding(device, dtype) for each in opened]
+        if is_whole:
+            add_adapters_of_ports(compressor.ports, loaded)
         return ArcModel(
             spec,
             compressor,
-            [
-                reader(decoder=each.load(device, dtype) if is_whole else each.load_embedding(device, dtype))
-                for reader, each in zip(readers, opened, strict=True)
-            ],
+            [reader(decoder=decoder) for reader, decoder in zip(readers, loaded, strict=True)],
             encoder_tokenizer=encoder_tokenizer,
             texts_apart=folder.texts_apart,
             max_context_tokens=folder.max_context_tokens,
@@ -267,10 +275,11 @@ class ArcModel:
         prompts: as for `generate`.
         vectors: see `generate_ids`.
 
-        Raises the errors of `generate` on prompts.
+        Raises the errors of `generate` on prompts, and ConfigError if the decoder has adapters.
         """
         check_is_list("prompts", prompts)
         reader = self._reader(decoder)
+        check_runs_elsewhere(self.spec, decoder)
         if not prompts:
             return []
         rows = self._rows(self._all_parts(prompts, decoder), decoder, vectors)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from arc_ds.batch.segments import MARKERS
 from arc_ds.data.tasks.chat import LayoutName
-from arc_ds.errors import TokenizerError, WeightsError
+from arc_ds.errors import ConfigError, TokenizerError, WeightsError
 from arc_ds.inference.checksums import check_sizes
 from arc_ds.inference.decoders import Implementation, OpenedDecoder, open_decoder
 from arc_ds.inference.weight_samples import check_weights
-from arc_ds.model.compressor import Compressor
+from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.compressor import Compressor, DecoderPort
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.decoder_adapters import DecoderLora
+from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import (
     SelectedTensors,
@@ -130,6 +135,24 @@ def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.de
     return compressor
 
 
+def check_runs_elsewhere(spec: CompressorSpec, decoder: int) -> None:
+    """Raise ConfigError if a decoder has adapters, which another engine does not know. decoder: index of its port."""
+    if spec.adapters_of(decoder) is not None:
+        raise ConfigError(
+            f"decoder {decoder} has adapters (decoders[].lora), so another engine would answer with the wrong weights. "
+            "Let ARC-DS run it: use `generate`, and leave out --upstream, `server` and prompt_embeds."
+        )
+
+
+def add_adapters_of_ports(ports: Iterable[nn.Module], decoders: Iterable[FrozenDecoder]) -> None:
+    """Add the adapters of ports, if any, to the weights of the loaded decoders."""
+    for port, decoder in zip(ports, decoders, strict=False):
+        if isinstance(port, DecoderPort) and port.adapters is not None:
+            assert isinstance(decoder, Decoder), "`open_trained_decoders` refuses others"
+            decoder.use_adapters(port.adapters.spec, port.adapters())
+            decoder.use_no_adapters(merged=True)
+
+
 def check_compressor(spec: CompressorSpec, source: TensorSource) -> None:
     """Raise WeightsError if `load_compressor` would. Reads names and shapes only."""
     check_fit(empty_compressor(spec, source.path), source)
@@ -157,8 +180,8 @@ def open_trained_decoders(
     trust_remote_code: see `open_decoder`.
     force: whether a decoder may be another model than the one of training. A warning names it.
 
-    Raises WeightsError if there are too many, one has another width than its port or is another model, and like
-    `open_decoder`.
+    Raises WeightsError if there are too many, one has another width than its port or is another model, its layers do
+    not fit the adapters of its port, and like `open_decoder`.
     """
     widths = folder.spec.decoder_sizes
     if len(paths) > len(widths):
@@ -182,6 +205,15 @@ def open_trained_decoders(
             )
     for path, settings, decoder in zip(paths, folder.decoders, opened, strict=False):
         check_weights(decoder, settings.weights, path, arc_dir, force=force)
+    for idx, (path, decoder) in enumerate(zip(paths, opened, strict=True)):
+        lora, sizes = folder.spec.adapters_of(idx), decoder.sizes
+        if lora is None:
+            continue
+        if not isinstance(sizes, BackboneConfig) or lora != DecoderLora.of(sizes, rank=lora.rank, scale=lora.scale):
+            raise WeightsError(
+                f"the adapters in {arc_dir} do not fit the layers of decoder {path}. Give the decoder of the training, "
+                "in a form that our own transformer reads."
+            )
     return opened
 
 

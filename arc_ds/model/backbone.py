@@ -253,7 +253,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """w2(silu(w1 x) * w3 x).
 
-    frozen: w1 and w3 are frozen. If the input is recomputed, so are their products.
+    frozen: w1 and w3 are frozen. If the input is recomputed, so are their products, unless they have adapters.
     """
 
     def __init__(self, config: BackboneConfig, *, frozen: bool) -> None:
@@ -266,7 +266,7 @@ class FeedForward(nn.Module):
     def forward(self, x_TD: Tensor | Recomputed) -> Tensor:
         if not isinstance(x_TD, Recomputed):
             return self.w2(ak.swiglu(*joint_linear(x_TD, (self.w1, self.w3))))
-        if not self.frozen:
+        if not self.frozen or self.w1.adapter is not None:
             return self.w2(Recomputed(ak.swiglu, joint_linear(x_TD, (self.w1, self.w3))))
         normed = x_TD.recipe
         return self.w2(Recomputed(lambda *x: ak.swiglu(*joint_linear(normed(*x), (self.w1, self.w3))), x_TD.inputs))

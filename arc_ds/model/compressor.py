@@ -5,24 +5,39 @@ Shape letters: Z compressed vectors (groups and markers), M markers, D encoder w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.batch.segments import MARKERS, Marker
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.decoder_adapters import DecoderAdapters, DecoderLora
 from arc_ds.model.encoder import Encoder
 
 
 class DecoderPort(nn.Module):
-    """The modules of one decoder: the markers <Cont> and <Rec> (in encoder width) and the bridge.
+    """The modules of one decoder: the markers <Cont> and <Rec> (in encoder width), the bridge and any adapters.
 
-    If all decoders share one bridge, the compressor has it, and the port's own bridge is the identity.
+    If all decoders share one bridge, the compressor has it, and the port's own bridge is the identity. In training, the
+    port gives the adapters to its decoder (`connect_adapters`) before each pass of the decoder.
     """
 
-    def __init__(self, width: int, bridge: nn.Module, markers: tuple[Marker, ...] = MARKERS) -> None:
+    adapters: DecoderAdapters | None
+    use_adapters: Callable[[DecoderLora, Sequence[Tensor]], None] | None
+
+    def __init__(
+        self,
+        width: int,
+        bridge: nn.Module,
+        markers: tuple[Marker, ...] = MARKERS,
+        adapters: DecoderAdapters | None = None,
+    ) -> None:
         super().__init__()
         self.cont = nn.Parameter(torch.ones(1, width)) if "cont" in markers else None
         self.rec = nn.Parameter(torch.ones(1, width)) if "rec" in markers else None
+        self.adapters, self.use_adapters = adapters, None  # adapters first, as in forward: the plan reads the order
         self.bridge = bridge
 
     @property
@@ -37,6 +52,8 @@ class DecoderPort(nn.Module):
         """
         if batch is None:
             return self._rest(states_GD)
+        if self.adapters is not None and self.use_adapters is not None:
+            self.use_adapters(self.adapters.spec, self.adapters())
         num_vectors = batch.output_slots.numel() + batch.marker_slots.numel()
         z_ZD = states_GD.new_empty(num_vectors, states_GD.shape[1])
         z_ZD = z_ZD.index_put((batch.output_slots,), states_GD)
@@ -54,7 +71,8 @@ class DecoderPort(nn.Module):
         sliver = states_GD[:1].detach()
         if self.markers:
             sliver = sliver + self._table().sum(0, keepdim=True).to(sliver.dtype)
-        return self.bridge(sliver).sum() * 0.0
+        adapters = () if self.adapters is None else self.adapters()
+        return sum((tensor.sum() for tensor in adapters), self.bridge(sliver).sum()) * 0.0
 
     def _table(self) -> Tensor:
         """Markers by kind [2, D]. A kind that this port lacks is a row of zeros, which no batch uses."""
@@ -91,3 +109,11 @@ class Compressor(nn.Module):
         if self.bridge is not None:
             z_ZE = self.bridge(z_ZE)
         return z_ZE if idle is None else z_ZE + idle.to(z_ZE.dtype)
+
+
+def connect_adapters(ports: Iterable[nn.Module], decoders: Iterable[nn.Module]) -> None:
+    """Let each port that has adapters give them to its decoder before each pass."""
+    for port, decoder in zip(ports, decoders, strict=True):
+        if isinstance(port, DecoderPort) and port.adapters is not None:
+            assert isinstance(decoder, Decoder), "only our transformer takes adapters"
+            port.use_adapters = decoder.use_adapters

@@ -27,6 +27,7 @@ from arc_ds.model.backbone import (
     run_layer,
 )
 from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.decoder_adapters import DecoderLora, drop_adapters, give_adapters
 from arc_ds.model.frozen_decoder import FrozenDecoder, sequences_of_rows
 from arc_ds.model.kv_cache import KVCache, RecordedRows, SharedRows, prompt_rows
 from arc_ds.model.rope import depends_on_length, lengths_of_rows, ropes_at
@@ -36,6 +37,7 @@ class Decoder(FrozenDecoder):
     """A frozen decoder that our packed transformer computes.
 
     activation_checkpointing: activations that backward recomputes.
+    is_adapted: whether its linears have trained adapters.
     """
 
     implementation = "native"
@@ -44,6 +46,7 @@ class Decoder(FrozenDecoder):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.is_adapted = False
         self.tok_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size)
         selective = activation_checkpointing == "selective"
         self.layers = nn.ModuleList(
@@ -54,6 +57,17 @@ class Decoder(FrozenDecoder):
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.requires_grad_(False)
+
+    def use_adapters(self, spec: DecoderLora, tensors: Sequence[Tensor]) -> None:
+        """Compute with these adapters from now on. tensors: from `DecoderAdapters`."""
+        give_adapters(self.layers, spec, tensors)
+        self.is_adapted = True
+
+    def use_no_adapters(self, *, merged: bool = False) -> None:
+        """Compute without adapters from now on. merged: add them to the weights first."""
+        if self.is_adapted:
+            drop_adapters(self.layers, merged=merged)
+        self.is_adapted = False
 
     @property
     def sizes(self) -> BackboneConfig:
@@ -79,9 +93,10 @@ class Decoder(FrozenDecoder):
     def hidden(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
         """Last hidden states before the final norm, [R, D]; `z_ZD` are the compressed vectors (None: text only).
 
-        In training, rows before a sequence's first compressed row run without gradient (`packing.PrefixSplit`).
+        In training, rows before a sequence's first compressed row run without gradient (`packing.PrefixSplit`), unless
+        there are adapters, which these rows train too.
         """
-        x_RD, split = self.embed(batch, z_ZD), batch.prefix
+        x_RD, split = self.embed(batch, z_ZD), None if self.is_adapted else batch.prefix
         if split is not None and torch.is_grad_enabled() and x_RD.requires_grad:
             return self._hidden_by_parts(x_RD, batch, split)
         spans = Spans.within(batch.decoder_cu_seqlens, batch.decoder_max_seqlen, causal=True)

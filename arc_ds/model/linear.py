@@ -41,10 +41,19 @@ class LoraAdapter(nn.Module):
         self.a = nn.Parameter(torch.empty(rank, in_features))
         self.b = nn.Parameter(torch.empty(out_features, rank))
 
-    def expand(self, low_TR: Tensor) -> Tensor:
-        """The addition, from the product with A."""
-        (y,) = _LinearFunction.apply(low_TR * self.scale, self.b, None)
-        return y
+
+class GivenAdapter(NamedTuple):
+    """An adapter of a decoder's linear, see `LoraAdapter`. Its matrices are results of another module."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def _expand(adapter: LoraAdapter | GivenAdapter, low_TR: Tensor) -> Tensor:
+    """The addition of an adapter, from the product with A."""
+    (y,) = _LinearFunction.apply(low_TR * adapter.scale, adapter.b, None)
+    return y
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -132,7 +141,7 @@ def joint_linear(x: Tensor | Recomputed, linears: Sequence[Linear]) -> tuple[Ten
         gathered as a whole (`Block`).
     """
     adapters = [linear.adapter for linear in linears if linear.adapter is not None]
-    tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+    tensors: list[Tensor | None] = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
     tensors += [tensor for adapter in adapters for tensor in (adapter.a, None)]
     if isinstance(x, Recomputed):
         products = _RecomputingLinearFunction.apply(x, *x.inputs, *x.params, *tensors)
@@ -142,7 +151,7 @@ def joint_linear(x: Tensor | Recomputed, linears: Sequence[Linear]) -> tuple[Ten
         return products
     low = iter(products[len(linears) :])
     return tuple(
-        y if linear.adapter is None else y + linear.adapter.expand(next(low))
+        y if linear.adapter is None else y + _expand(linear.adapter, next(low))
         for y, linear in zip(products, linears, strict=False)
     )
 
@@ -151,10 +160,10 @@ class Linear(nn.Module):
     """y = x W' + b, x [rows, in], W [out, in]. The parameters are uninitialised until a reader fills them.
 
     bias: whether there is a bias b [out].
-    adapter: a trained addition (`lora.add_adapters`); None for none.
+    adapter: a trained addition (`lora.add_adapters`, `decoder_adapters.give_adapters`); None for none.
     """
 
-    adapter: LoraAdapter | None
+    adapter: LoraAdapter | GivenAdapter | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()

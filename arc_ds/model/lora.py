@@ -27,8 +27,11 @@ def add_adapters(module: nn.Module, *, rank: int, scale: float) -> None:
 
 
 def starting_adapter(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """The starting values of an adapter's parameter: A is Kaiming-uniform with a = √5, B is zero."""
-    if name.endswith(_B):
+    """The starting values of an adapter's parameter: A is Kaiming-uniform with a = √5, B is zero.
+
+    name: of an encoder's adapter or in `DecoderAdapters`.
+    """
+    if name.endswith((_B, "_b")):
         return torch.zeros(shape)
     return (torch.rand(shape, generator=generator) * 2 - 1) / shape[-1] ** 0.5
 

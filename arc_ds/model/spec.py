@@ -6,6 +6,7 @@ A run creates the spec from its config. Checkpoints and exports store the same s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -19,16 +20,17 @@ from arc_ds.model.backbone import Recompute
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import BridgeKind, make_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
+from arc_ds.model.decoder_adapters import DecoderAdapters, DecoderLora
 from arc_ds.model.encoder import Encoder, PoolingLayout, Where
 from arc_ds.model.lora import add_adapters
 from arc_ds.model.pooling import get_strategy
 
-LATER_FIELDS = ("bridge_shared",)  # fields that the first version of the format lacks
+LATER_FIELDS = ("bridge_shared", "adapters")  # fields that the first version of the format lacks
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressorSpec:
-    """Sizes and semantics of encoder, markers and bridges.
+    """Sizes and semantics of encoder, markers, bridges and adapters of decoders.
 
     backbone: sizes of the encoder's backbone, with all its layers.
     num_layers: number of first layers that the encoder keeps.
@@ -43,6 +45,7 @@ class CompressorSpec:
     bridge_shared: whether all decoders share one bridge; their widths are then equal.
     bridge_hidden_size: width inside the bridges; None for the decoder's width.
     decoder_sizes: width of each decoder, in the order of the ports.
+    adapters: for each decoder, its trained adapters or None. Empty if no decoder has any.
     """
 
     backbone: BackboneConfig
@@ -58,6 +61,16 @@ class CompressorSpec:
     bridge_hidden_size: int | None = 2048
     bridge_shared: bool = False
     decoder_sizes: tuple[int, ...]
+    adapters: tuple[DecoderLora | None, ...] = ()
+
+    def adapters_of(self, port_idx: int) -> DecoderLora | None:
+        """The adapters of a decoder; None if it has none."""
+        return self.adapters[port_idx] if self.adapters else None
+
+    def with_ports(self, ports: Iterable[tuple[int, DecoderLora | None]]) -> CompressorSpec:
+        """The same compressor with other ports. ports: width and adapters of each decoder."""
+        sizes, adapters = zip(*ports, strict=True)
+        return dataclasses.replace(self, decoder_sizes=sizes, adapters=adapters if any(adapters) else ())
 
     @property
     def packing(self) -> PoolingSpec:
@@ -68,6 +81,8 @@ class CompressorSpec:
         """Plain values for a JSON file; the inverse of `from_json`."""
         plain = dataclasses.asdict(self)
         plain["rules"] = [{"kind": rule.kind, "value": rule.value} for rule in self.rules]
+        if not self.adapters:  # so that earlier versions read it
+            del plain["adapters"]
         return plain
 
     @staticmethod
@@ -84,6 +99,9 @@ class CompressorSpec:
             values["rules"] = tuple(_rule(rule["kind"], rule["value"]) for rule in values["rules"])
             values["markers"] = tuple(MARKERS[MARKERS.index(marker)] for marker in values["markers"])
             values["decoder_sizes"] = tuple(int(size) for size in values["decoder_sizes"])
+            values["adapters"] = tuple(each and DecoderLora.from_json(each) for each in plain.get("adapters", ()))
+            if len(values["adapters"]) not in (0, len(values["decoder_sizes"])):
+                raise ValueError(f"adapters of {len(values['adapters'])} of {len(values['decoder_sizes'])} decoders")
             get_strategy(values["strategy"])
             for name, kinds in (("where", Where), ("bridge", BridgeKind)):
                 if values[name] not in get_args(kinds):
@@ -139,9 +157,11 @@ def build_compressor(
 
 
 def build_port(spec: CompressorSpec, port_idx: int) -> DecoderPort:
-    """Build the port of one decoder with an uninitialised bridge. Raises ValueError if sizes do not fit."""
+    """Build the uninitialised port of one decoder. Raises ValueError if sizes do not fit."""
     bridge = nn.Identity() if spec.bridge_shared else build_bridge(spec, port_idx)
-    return DecoderPort(spec.backbone.hidden_size, bridge, spec.markers)
+    lora = spec.adapters_of(port_idx)
+    adapters = None if lora is None else DecoderAdapters(lora)
+    return DecoderPort(spec.backbone.hidden_size, bridge, spec.markers, adapters)
 
 
 def build_bridge(spec: CompressorSpec, port_idx: int) -> nn.Module:

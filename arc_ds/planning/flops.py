@@ -89,7 +89,11 @@ class _LayerRows(NamedTuple):
 
 
 def count_flops(
-    batch: PackedBatch, spec: CompressorSpec, decoder: DecoderSizes, trained: TrainedParts = ALL_TRAINED
+    batch: PackedBatch,
+    spec: CompressorSpec,
+    decoder: DecoderSizes,
+    trained: TrainedParts = ALL_TRAINED,
+    port_idx: int = 0,
 ) -> StepFlops:
     """Operations of forward and backward of one micro-batch with one decoder.
 
@@ -97,9 +101,10 @@ def count_flops(
     spec: the compressor.
     decoder: sizes of the decoder. Through transformers its operations are an estimate, see `_decoder_work`.
     trained: the trained parts of the encoder.
+    port_idx: index of the decoder's port, which may have adapters.
     """
     rows = _encoder_rows(batch, spec)
-    decoder_forward, decoder_backward = _decoder_passes(batch, decoder)
+    decoder_forward, decoder_backward = _decoder_passes(batch, decoder, _decoder_rank(spec, port_idx))
     return StepFlops(
         encoder_forward=_encoder_forward(rows, spec, trained),
         encoder_backward=_encoder_backward(rows, spec, trained),
@@ -110,7 +115,9 @@ def count_flops(
     )
 
 
-def work_rates(spec: CompressorSpec, decoder: DecoderSizes, trained: TrainedParts = ALL_TRAINED) -> WorkRates:
+def work_rates(
+    spec: CompressorSpec, decoder: DecoderSizes, trained: TrainedParts = ALL_TRAINED, port_idx: int = 0
+) -> WorkRates:
     """Operations that one token, row and query-key pair of a sample add to a step with one decoder.
 
     The rates are used to distribute samples over ranks before they are built. They ignore bridge and head, and they
@@ -122,11 +129,14 @@ def work_rates(spec: CompressorSpec, decoder: DecoderSizes, trained: TrainedPart
         for rows in ([each] * spec.num_layers for each in (token, pair))
     )
     row, attending = _decoder_work(token, decoder), _decoder_work(pair, decoder)
+    rank = _decoder_rank(spec, port_idx)
+    adapters = _adapter_passes(token, decoder, rank)
+    suffix_row = row.linear + _backward(row, trains=False).linear + sum(each.linear for each in adapters)
     return WorkRates(
         encoder_token=of_token.linear,
         encoder_pair=of_pair.attention / (2 if spec.causal else 1),
-        prefix_row=row.linear,
-        suffix_row=row.linear + _backward(row, trains=False).linear,
+        prefix_row=suffix_row if rank else row.linear,
+        suffix_row=suffix_row,
         decoder_pair=(attending.attention + _backward(attending, trains=False).attention) / 2,
     )
 
@@ -177,15 +187,37 @@ def _encoder_backward(layers: list[_LayerRows], spec: CompressorSpec, trained: T
     return _sum(works)
 
 
-def _decoder_passes(batch: PackedBatch, decoder: DecoderSizes) -> tuple[Operations, Operations]:
-    """Operations of the forward and backward of all decoder layers. Through transformers all rows have a gradient."""
+def _decoder_rank(spec: CompressorSpec, port_idx: int) -> int:
+    """Rank of the adapters of a decoder; 0 for none."""
+    lora = spec.adapters_of(port_idx)
+    return 0 if lora is None else lora.rank
+
+
+def _adapter_passes(rows: _LayerRows, decoder: DecoderSizes, rank: int) -> tuple[Operations, Operations]:
+    """Operations of the forward and backward of the adapters of all decoder layers."""
+    if not isinstance(decoder, BackboneConfig):
+        return Operations(), Operations()
+    forward = _sum([rows.adapter_work(decoder, rank)] * decoder.num_layers)
+    return forward, _backward(forward, trains=True)
+
+
+def _decoder_passes(batch: PackedBatch, decoder: DecoderSizes, rank: int) -> tuple[Operations, Operations]:
+    """Operations of the forward and backward of all decoder layers.
+
+    Through transformers, and with adapters, all rows have a gradient.
+
+    rank: of the adapters; 0 for none.
+    """
     if not isinstance(decoder, BackboneConfig):
         forward = _decoder_work(_decoder_rows(batch, None)[0], decoder)
         return forward, _backward(forward, trains=False)
     windows = [decoder.window_of(idx) for idx in range(decoder.num_layers)]
     rows = {window: _decoder_rows(batch, window) for window in set(windows)}
     everything, suffix = (_sum([rows[window][part].work(decoder) for window in windows]) for part in (0, 1))
-    return everything, _backward(suffix, trains=False)
+    if not rank:
+        return everything, _backward(suffix, trains=False)
+    forward, backward = _adapter_passes(_decoder_rows(batch, None)[0], decoder, rank)
+    return _sum([everything, forward]), _sum([_backward(everything, trains=False), backward])
 
 
 def _decoder_rows(batch: PackedBatch, window: int | None) -> tuple[_LayerRows, _LayerRows]:

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 import arc_kernels as ak
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.model.backbone import Block, Head, TokenEmbedding
-from arc_ds.model.compressor import Compressor, DecoderPort
+from arc_ds.model.compressor import Compressor, DecoderPort, connect_adapters
 from arc_ds.model.encoder import PooledBlock
 
 ENCODER_LAYERS, POOLED_LAYERS, PORTS = "encoder layers", "pooled layers", "markers and bridge"
@@ -94,6 +94,7 @@ def trace_pass(
         for handle in (*_follow_modules(tracker, compressor, decoder), *drop_gradients(compressor)):
             stack.enter_context(handle)  # removes the hook
         stack.enter_context(tracker)
+        connect_adapters([compressor.ports[decoder_idx]], [decoder])
         nll_L = decoder(batch, compressor(batch, decoder_idx))
         saved, forward_calls = +tracker.live, max(tracker.attention_calls, 1)
         tracker.kinds.append(BACKWARD)

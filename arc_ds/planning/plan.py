@@ -253,7 +253,10 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine) -> Plan:
     traffic = _traffic(
         config, model, weights, num_groups, gathers, of_decoders, placed, machine, settings, passes, element
     )
-    flops = [count_flops(batch, model.spec, sizes, config.encoder.trained_parts) for sizes in model.decoders]
+    flops = [
+        count_flops(batch, model.spec, sizes, config.encoder.trained_parts, idx)
+        for idx, sizes in enumerate(model.decoders)
+    ]
     traced_flops = sum(map(_traced_flops, traces, flops)) / len(traces) * passes
     return Plan(
         config=config,

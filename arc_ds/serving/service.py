@@ -14,6 +14,7 @@ from arc_ds.batch.segments import Marker, Segment, TokenIds
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.errors import ArcError, DataError
 from arc_ds.inference.arc import ArcModel, Context, Vectors
+from arc_ds.inference.load import check_runs_elsewhere
 from arc_ds.inference.prompt import Parts
 from arc_ds.inference.prompt_embeds import decode_tensor
 from arc_ds.inference.reader import check_ids
@@ -76,6 +77,8 @@ class Service:
     layout: the decoder's chat template; the plain layout for base decoders.
     marker: marker after each context.
     upstream: the server that runs the decoder; None if `model` runs it.
+
+    Raises ConfigError if the decoder has adapters, which an upstream does not know.
     """
 
     def __init__(
@@ -87,6 +90,8 @@ class Service:
         settings: Settings,
         upstream: UpstreamSettings | None = None,
     ) -> None:
+        if upstream is not None:
+            check_runs_elsewhere(model.spec, decoder)
         self.settings, self.metrics = settings, Metrics()
         self._model, self._decoder, self._layout, self._marker = model, decoder, layout, marker
         self._upstream_settings = upstream

@@ -14,6 +14,7 @@ from arc_ds.config.load import common, flatten_tree
 from arc_ds.config.schema import OptimizerConfig, RunConfig
 from arc_ds.data.loading.loader import StepData
 from arc_ds.data.tasks.task import NO_CHAT
+from arc_ds.model.compressor import connect_adapters
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.transformers_decoder import check_length
 from arc_ds.planning.flops import work_rates
@@ -76,9 +77,8 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         for each in sizes:
             check_length(each, longest_sequence(config, NO_CHAT))
         readers = [decoder.reader for decoder in decoders]
-        data = step_data(
-            config, spec.packing, readers, [work_rates(spec, each, encoder.trained_parts) for each in sizes]
-        )
+        rates = [work_rates(spec, each, encoder.trained_parts, idx) for idx, each in enumerate(sizes)]
+        data = step_data(config, spec.packing, readers, rates)
         opened = zip(config.trained_decoders, decoders, strict=True)
         backbones = {idx: (decoder.weights.files, decoder.weights.sizes) for idx, decoder in opened}
         inputs = InputDigests(
@@ -117,15 +117,18 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         eps=config.optimizer.eps,
         fused=device.type != "cpu",
     )
+    engine = build_engine(compressor, optimizer, parts.ds_config)
+    placed = _place(parts, device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    connect_adapters(engine.module.ports, [decoder.module for decoder in placed])
     return Run(
         folder=Path(config.run_dir),
         device=device,
         spec=parts.spec,
         inputs=parts.inputs,
         ports=ports,
-        engine=build_engine(compressor, optimizer, parts.ds_config),
+        engine=engine,
         ds_config=parts.ds_config,
-        decoders=_place(parts, device, torch.bfloat16 if config.precision == "bf16" else torch.float32),
+        decoders=placed,
         decoder_names=tuple(decoder.name for decoder in config.trained_decoders.values()),
         data=parts.data,
         num_workers=config.data.num_workers,

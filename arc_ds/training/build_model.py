@@ -18,6 +18,7 @@ import torch
 from arc_ds.batch.segments import MARKERS
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.schema import DecoderConfig, EncoderConfig, LoraConfig, RunConfig
+from arc_ds.config.validate import NO_ADAPTERS
 from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.errors import ConfigError
 from arc_ds.inference.decoders import OpenedDecoder, open_decoder, read_decoder_sizes
@@ -32,6 +33,7 @@ from arc_ds.inference.weight_samples import sample_weights
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor
+from arc_ds.model.decoder_adapters import DecoderLora
 from arc_ds.model.frozen_decoder import DecoderSizes
 from arc_ds.model.lora import is_adapter, starting_adapter
 from arc_ds.model.pooling import group_rules
@@ -60,7 +62,8 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
     """
     backbone = read_backbone_config(config.encoder.backbone, config.encoder.rope_scaling)
     pooling = config.pooling
-    return CompressorSpec(
+    sizes = {idx: decoder_sizes(decoder) for idx, decoder in config.trained_decoders.items()}
+    spec = CompressorSpec(
         backbone=backbone,
         num_layers=config.encoder.kept_layers(backbone.num_layers),
         rules=() if pooling.memory_tokens else group_rules(pooling.strategy, pooling.factors, pooling.num_groups),
@@ -73,8 +76,19 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
         bridge=config.bridge.kind,
         bridge_hidden_size=config.bridge.hidden_size,
         bridge_shared=config.bridge.shared,
-        decoder_sizes=tuple(decoder_sizes(decoder).hidden_size for decoder in config.trained_decoders.values()),
+        decoder_sizes=(),
     )
+    return spec.with_ports((each.hidden_size, _decoder_lora(config, idx, each)) for idx, each in sizes.items())
+
+
+def _decoder_lora(config: RunConfig, idx: int, sizes: DecoderSizes) -> DecoderLora | None:
+    """The configured adapters of a decoder."""
+    lora = lora_spec(config.decoders[idx].lora)
+    if lora is None:
+        return None
+    if not isinstance(sizes, BackboneConfig):
+        raise ConfigError(f"decoders.{idx}.lora: {NO_ADAPTERS}")
+    return DecoderLora.of(sizes, rank=lora.rank, scale=lora.scale)
 
 
 def decoder_sizes(decoder: DecoderConfig) -> DecoderSizes:
@@ -260,10 +274,11 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
         pairs["pooling.memory_tokens"] = (ours.memory_tokens, theirs.memory_tokens)
     if plan.kept or len(plan.fresh) < len(plan.sources):
         pairs |= _form_of_ports(ours, theirs, is_kept=bool(plan.kept))
-    for decoder, source in zip(config.trained_decoders.values(), plan.sources, strict=True):
+    for port, (decoder, source) in enumerate(zip(config.trained_decoders.values(), plan.sources, strict=True)):
         if source is None:
             continue
         trained = folder.decoders[source]
+        pairs[f"lora of decoder {decoder.name}"] = (_adapters(ours, port), _adapters(theirs, source))
         pairs[f"data.decoder_bos, for decoder {decoder.name}"] = (config.data.decoder_bos, trained.bos)
         sizes = decoder_sizes(decoder)
         if isinstance(sizes, BackboneConfig):  # transformers always applies the checkpoint's scaling
@@ -276,6 +291,11 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
             "Set the config to the settings of these weights (weights of the paper's authors: rope_scaling none)."
             + (" To leave out the ports of other decoders, set encoder.keep_ports=false." if plan.kept else "")
         )
+
+
+def _adapters(spec: CompressorSpec, port: int) -> str:
+    lora = spec.adapters_of(port)
+    return "none" if lora is None else f"rank {lora.rank} and alpha {lora.scale * lora.rank:g}"
 
 
 def _form_of_ports(ours: CompressorSpec, theirs: CompressorSpec, *, is_kept: bool) -> dict[str, tuple[Any, Any]]:
@@ -331,10 +351,11 @@ def _check_same_tokenizers(config: RunConfig, folder: ArcFolder, plan: PortPlan)
 def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, plan: PortPlan) -> None:
     """Initialize the parameters that were not loaded; identical on all ranks."""
     generator = torch.Generator().manual_seed(config.seed)
+    of_decoders = torch.Generator().manual_seed(config.seed)  # fresh bridges do not depend on adapters
     if spec.memory_tokens and config.encoder.init_from is None:
         set_parameter(compressor, "encoder.memory", torch.ones(spec.memory_tokens, spec.backbone.hidden_size))
     if config.encoder.lora is not None:
-        of_adapters = torch.Generator().manual_seed(config.seed)  # of its own: fresh bridges do not depend on adapters
+        of_adapters = torch.Generator().manual_seed(config.seed)  # of its own, too
         for name, parameter in list(compressor.named_parameters()):
             if is_adapter(name):
                 shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # of the whole, if it is partitioned
@@ -352,5 +373,8 @@ def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, 
             if name in MARKERS:
                 parameter.data.copy_(start_1D)
         init_bridge(fresh, config.bridge.init, generator)
+        for name, parameter in fresh.named_parameters():
+            if name.startswith("adapters."):
+                parameter.data.copy_(starting_adapter(name, tuple(parameter.shape), of_decoders))
         for name, parameter in fresh.named_parameters():
             set_parameter(compressor, f"{prefix}{name}", parameter.detach())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.model.backbone import Block
 from arc_ds.model.compressor import Compressor
+from arc_ds.model.decoder import Decoder
 from arc_ds.model.encoder import Encoder
 from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.lora import is_adapter
@@ -52,6 +53,8 @@ class PlacedDecoder:
         return "zero3+hpz" if self.engine.zero_hpz_partition_size() > 1 else "zero3"
 
     def __call__(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
+        if z_ZD is None and isinstance(self.module, Decoder):
+            self.module.use_no_adapters()  # text alone (validation's bounds); the next vectors bring the adapters
         # Bypass the engine: without an optimizer its forward hooks raise an error in backward.
         return self.module(batch, z_ZD)
 

@@ -109,6 +109,9 @@ class Evaluator:
             for idx, (name, layout) in enumerate(zip(run.decoder_names, self.layouts, strict=True))
         }
         plan = self._plan(list(systems.values()))
+        for idx in range(len(readers)):
+            if run.spec.adapters_of(idx) is not None:
+                model.compress([[0]], idx, marker)  # brings the current adapters, for prompts without a document
         for batch in plan.batches[dist.rank() :: dist.world_size()]:
             yield from answer_batch(
                 systems[batch.system], batch, decoder=batch.system, nll=self.config.nll, seed=self.config.seed

@@ -183,6 +183,7 @@ class MetricsHook(Hook):
                 run.spec,
                 run.decoders[micro.decoder_idx].module.sizes,
                 self.encoder.trained_parts,
+                micro.decoder_idx,
             ).total
             for micro in batch.micro_batches
         ]

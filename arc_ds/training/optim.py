@@ -24,7 +24,7 @@ from arc_ds.training.schedule import RateSchedule
 class ParamGroup:
     """Parameters that share a learning rate.
 
-    name: "encoder", "bridge.N" or "markers.N" for decoder N, or "bridge" for one that all decoders share.
+    name: "encoder", "bridge.N", "markers.N" or "adapters.N" for decoder N, or "bridge" for one that all decoders share.
     port: index of the decoder whose steps train the group; None for all steps.
     peak_lr: learning rate at the schedule's peak.
     weight_decay: AdamW's decoupled decay.
@@ -44,7 +44,7 @@ class ParamGroup:
 def make_param_groups(compressor: Compressor, config: OptimizerConfig) -> tuple[ParamGroup, ...]:
     """Groups of all parameters that require a gradient. A part without such parameters has no group.
 
-    Memory tokens belong to the encoder. Raises ConfigError if nothing is trained.
+    Memory tokens belong to the encoder. Adapters of decoders have its rate. Raises ConfigError if nothing is trained.
     """
     parts: list[tuple[str, int | None, float, list[nn.Parameter]]] = [
         ("encoder", None, config.encoder_lr, list(compressor.encoder.parameters()))
@@ -54,6 +54,8 @@ def make_param_groups(compressor: Compressor, config: OptimizerConfig) -> tuple[
         markers = [marker for marker in (port.cont, port.rec) if marker is not None]
         parts.append((f"bridge.{port_idx}", port_idx, config.bridge_lr, bridge))
         parts.append((f"markers.{port_idx}", port_idx, config.markers_lr, markers))
+        if port.adapters is not None:
+            parts.append((f"adapters.{port_idx}", port_idx, config.encoder_lr, list(port.adapters.parameters())))
     if compressor.bridge is not None:
         parts.append(("bridge", None, config.bridge_lr, list(compressor.bridge.parameters())))
     groups = tuple(

@@ -151,10 +151,10 @@ def tensors_of_run(folder: ArcFolder, spec: CompressorSpec, plan: PortPlan) -> T
     names = {name: name for name in folder.tensors.shapes if name.startswith("encoder.")}
     for idx, port in enumerate(plan.sources):
         if port is not None:
-            names |= {f"ports.{idx}.{leaf}": _in_folder(leaf, port, folder.spec) for leaf in _leaves(spec)}
+            names |= {f"ports.{idx}.{leaf}": _in_folder(leaf, port, folder.spec) for leaf in _leaves(spec, idx)}
     continued = [port for port in plan.sources if port is not None]
     if spec.bridge_shared and continued:
-        bridge = (leaf for leaf in _leaves(replace(spec, bridge_shared=False)) if leaf.startswith("bridge."))
+        bridge = (leaf for leaf in _leaves(replace(spec, bridge_shared=False), 0) if leaf.startswith("bridge."))
         names |= {leaf: _in_folder(leaf, continued[0], folder.spec) for leaf in bridge}
     found = {ours: theirs for ours, theirs in names.items() if theirs in folder.tensors.shapes}
     return use_memory_tokens(SelectedTensors(source=folder.tensors, names=found), spec.memory_tokens)
@@ -170,7 +170,8 @@ def saved_ports(
     folder: the weights that the run starts from, if they are not a backbone.
     """
     by_place = {
-        place: (record, size) for place, record, size in zip(plan.places, trained, spec.decoder_sizes, strict=True)
+        place: (record, (size, spec.adapters_of(idx)))
+        for idx, (place, record, size) in enumerate(zip(plan.places, trained, spec.decoder_sizes, strict=True))
     }
     kept: dict[str, Tensor] = {}
     for place, port, name in plan.kept:
@@ -184,11 +185,11 @@ def saved_ports(
             chat_template=theirs.chat_template,
         )
         record = PortRecord(decoder=decoder, ids_digest=theirs.ids_digest, weights=theirs.weights)
-        by_place[place] = record, folder.spec.decoder_sizes[port]
-        for leaf in _leaves(replace(folder.spec, bridge_shared=False)) if dist.is_main() else ():
+        by_place[place] = record, (folder.spec.decoder_sizes[port], folder.spec.adapters_of(port))
+        for leaf in _leaves(replace(folder.spec, bridge_shared=False), port) if dist.is_main() else ():
             kept[f"ports.{place}.{leaf}"] = folder.tensors.tensor(_in_folder(leaf, port, folder.spec))
-    records, sizes = zip(*(by_place[place] for place in sorted(by_place)), strict=True)
-    return SavedPorts(spec=replace(spec, decoder_sizes=sizes), records=records, places=plan.places, kept=kept)
+    records, ports = zip(*(by_place[place] for place in sorted(by_place)), strict=True)
+    return SavedPorts(spec=spec.with_ports(ports), records=records, places=plan.places, kept=kept)
 
 
 def warn_of_ports(
@@ -230,10 +231,10 @@ def warn_of_ports(
         )
 
 
-def _leaves(spec: CompressorSpec) -> list[str]:
-    """Names of the parameters of one port."""
+def _leaves(spec: CompressorSpec, port_idx: int) -> list[str]:
+    """Names of the parameters of a port."""
     with torch.device("meta"):
-        return [name for name, _ in build_port(spec, 0).named_parameters()]
+        return [name for name, _ in build_port(spec, port_idx).named_parameters()]
 
 
 def _in_folder(leaf: str, port: int, theirs: CompressorSpec) -> str:

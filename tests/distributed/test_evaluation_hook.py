@@ -1,4 +1,4 @@
-"""`evaluation` of a run: equal metrics on one and two ranks, with a whole and a partitioned decoder.
+"""`evaluation` of a run: equal metrics on one and two ranks. One decoder is whole, one partitioned and has adapters.
 
 `test_lockstep.py` shows that an evaluation changes no loss.
 """
@@ -63,7 +63,12 @@ def test_metrics_of_the_current_weights_are_equal_on_1_and_2_ranks(
     inputs: Path, questions: Path, tmp_path: Path
 ) -> None:
     evaluation = f"evaluation={{every: 2, config: {questions}}}"
-    placed = [*SHORT, "decoders.0.placement=zero3", "decoders.1.chat_template=llama2"]
+    placed = [
+        *SHORT,
+        "decoders.0.placement=zero3",
+        "decoders.0.lora.rank=2",
+        "decoders.1.chat_template=llama2",
+    ]
     found = {}
     for num_ranks in (1, 2):
         run = tmp_path / str(num_ranks)

@@ -26,7 +26,7 @@ from torch.nn import functional
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.model import backbone
 from arc_ds.model.backbone import Recompute
-from arc_ds.model.compressor import Compressor
+from arc_ds.model.compressor import Compressor, connect_adapters
 from arc_ds.model.linear import Linear, Recomputed
 from arc_ds.model.spec import LoraSpec
 from arc_ds.model.weights import set_parameter
@@ -84,6 +84,7 @@ class Case:
     parts: differences of the backbones from Llama, by name (`plain_trainer.PARTS`).
     num_parts: planned micro-batches of each rank.
     lora: adapters of the encoder.
+    decoder_lora: adapters of each decoder.
     mistake: a name in `_MISTAKES`.
     zero: further keys of zero_optimization, of all engines.
     validates: every third step is followed by a forward pass of each decoder without gradients.
@@ -104,6 +105,7 @@ class Case:
     num_decoders: int = 2
     num_parts: int = NUM_PARTS
     lora: LoraSpec | None = None
+    decoder_lora: LoraSpec | None = None
     mistake: str | None = None
     zero: Mapping[str, Any] = field(default_factory=dict)
     validates: bool = False
@@ -142,6 +144,10 @@ def _kind(case: Case) -> dict[str, Any]:
     return {name: getattr(case, name) for name in names}
 
 
+def _lora(case: Case) -> dict[str, Any]:
+    return {"lora": case.lora, "decoder_lora": case.decoder_lora}
+
+
 def _trained(case: Case) -> dict[str, Any]:
     rank = 0 if case.lora is None else case.lora.rank
     return {"trained_layers": case.trained_layers, "train_embeddings": case.train_embeddings, "lora_rank": rank}
@@ -169,11 +175,11 @@ def _give_values(module: nn.Module, whole: nn.Module) -> None:
 
 
 def _build(case: Case) -> Any:
-    compressor = tiny_compressor(**_trained(case), **_kind(case), lora=case.lora)
+    compressor = tiny_compressor(**_trained(case), **_kind(case), **_lora(case))
     if case.born_partitioned:
         whole = compressor
         with partitioned(_ds_config(case)):
-            compressor = bare_compressor(**_kind(case), lora=case.lora)
+            compressor = bare_compressor(**_kind(case), **_lora(case))
         _give_values(compressor, whole)
         set_trained(compressor.encoder, **_trained(case))
     return build_engine(compressor, PortAdamW(tiny_groups(compressor), betas=BETAS, eps=EPS), _ds_config(case))
@@ -217,6 +223,7 @@ _MISTAKES: dict[str, tuple[str, Any]] = {
 
 
 def _train_engine(case: Case, engine: Any, decoders: list[PlacedDecoder]) -> Run:
+    connect_adapters(engine.module.ports, [decoder.module for decoder in decoders])
     before = [frozen_digest(decoder.module) for decoder in decoders]
     results: list[StepResult] = []
     num_passes: list[int] = []
@@ -375,12 +382,15 @@ def _assert_both_ranks_agree(runs: list[Run]) -> None:
         own_bridges = {f"bridge.{idx}" for idx in first.decoder_idxs}
         bridges = {name for name in first.learning_rates if name.startswith("bridge")}
         assert bridges in ({"bridge"}, own_bridges)
-        assert len(first.learning_rates) - ("encoder" in first.learning_rates) == len(bridges) + len(own_bridges)
+        adapters = {name for name in first.learning_rates if name.startswith("adapters")}
+        assert adapters in (set(), {f"adapters.{idx}" for idx in first.decoder_idxs})
+        others = len(first.learning_rates) - ("encoder" in first.learning_rates) - len(adapters)
+        assert others == len(bridges) + len(own_bridges)
 
 
 def _assert_moved(case: Case, trajectory: Trajectory) -> None:
     """Every trained tensor has moved by more than the tolerance; no other tensor has moved."""
-    start = tiny_compressor(**_trained(case), **_kind(case), lora=case.lora)
+    start = tiny_compressor(**_trained(case), **_kind(case), **_lora(case))
     for name, param in start.named_parameters():
         distance = float((trajectory.params[name] - param).norm() / param.norm())
         assert distance > 1e3 * TOLERANCE if param.requires_grad else distance == 0, (name, distance)

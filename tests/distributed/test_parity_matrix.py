@@ -34,6 +34,7 @@ from tests.distributed.test_parity import (
     _assert_moved,
     _build,
     _errors,
+    _lora,
     _place,
     _plain,
     _train,
@@ -86,7 +87,7 @@ def _case(cell: Cell, **changes: Any) -> Case:
 
 
 def _oracle(case: Case) -> dict[str, Any]:
-    return _trained(case) | {"num_decoders": case.num_decoders, "lora": case.lora}
+    return _trained(case) | _lora(case) | {"num_decoders": case.num_decoders}
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
@@ -95,9 +96,11 @@ def test_two_ranks_equal_plain_pytorch_in_every_combination(cell: Cell) -> None:
     _assert_equal_to_plain(case)
 
 
-@pytest.mark.parametrize("recompute", AXES["activation_checkpointing"])
-def test_adapters_are_trained_as_in_plain_pytorch(recompute: str) -> None:
-    _assert_equal_to_plain(_case((2, "zero3", recompute, 2, "bridge"), lora=LORA))
+@pytest.mark.parametrize(
+    ("placement", "recompute"), list(zip(AXES["placement"], AXES["activation_checkpointing"], strict=True))
+)
+def test_adapters_of_encoder_and_decoders_are_trained_as_in_plain_pytorch(placement: str, recompute: str) -> None:
+    _assert_equal_to_plain(_case((2, placement, recompute, 2, "bridge"), lora=LORA, decoder_lora=LORA))
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in DS_CONFIGS.glob("*.json")))
@@ -131,7 +134,8 @@ def test_the_other_trained_parts_are_told_apart() -> None:
     """The matrix would show a run that trains the wrong parts."""
     all_parts, bridge = _plain(num_decoders=2), _plain(**BRIDGE, num_decoders=2)
     adapters = _plain(**BRIDGE, num_decoders=2, lora=LORA, lora_rank=LORA.rank)
-    for one, other in ((all_parts, bridge), (adapters, bridge)):
+    of_decoders = _plain(**BRIDGE, num_decoders=2, decoder_lora=LORA)
+    for one, other in ((all_parts, bridge), (adapters, bridge), (of_decoders, bridge)):
         errors = _errors(one, other)
         assert errors["losses"] > 1e2 * TOLERANCE and errors["params"] > 1e2 * TOLERANCE, errors
 

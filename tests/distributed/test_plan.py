@@ -38,7 +38,13 @@ CASES = {
     "replicated": (),
     "sharded, two micro-batches": ("decoders.0.placement=zero3", "decoders.1.placement=zero3", "micro_batches=2"),
     "frozen encoder": ("encoder.train=bridge",),
-    "adapters, selective": ("encoder.lora={rank: 4}", "encoder.activation_checkpointing=selective"),
+    "adapters, selective": (
+        "encoder.lora={rank: 4}",
+        "encoder.activation_checkpointing=selective",
+        "decoders.0.lora={rank: 4}",
+        "decoders.1.lora={rank: 2}",
+        "decoders.0.activation_checkpointing=selective",
+    ),
     "recomputed": (
         "encoder.activation_checkpointing=full",
         "decoders.0.activation_checkpointing=full",

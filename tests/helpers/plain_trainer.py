@@ -21,8 +21,9 @@ from arc_ds.data.loading.micro_batches import MicroBatchLimits, planned_splits, 
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
 from arc_ds.model.backbone import Recompute
 from arc_ds.model.bridge import make_bridge
-from arc_ds.model.compressor import Compressor, DecoderPort
+from arc_ds.model.compressor import Compressor, DecoderPort, connect_adapters
 from arc_ds.model.decoder import Decoder
+from arc_ds.model.decoder_adapters import DecoderAdapters, DecoderLora
 from arc_ds.model.encoder import Encoder, PoolingLayout
 from arc_ds.model.lora import add_adapters
 from arc_ds.model.pooling import GroupPooling
@@ -97,11 +98,13 @@ def bare_compressor(
     parts: str = "llama",
     num_decoders: int = 2,
     lora: LoraSpec | None = None,
+    decoder_lora: LoraSpec | None = None,
 ) -> Compressor:
     """The modules of `tiny_compressor` without weights.
 
     parts: a name in `PARTS`.
     lora: adapters of the encoder; None for none.
+    decoder_lora: adapters of each decoder; None for none.
     """
     encoder = Encoder(
         replace(_ENCODER, **PARTS[parts]), num_layers=3, pooling=PoolingLayout(strategy=GroupPooling("mean")),
@@ -113,7 +116,12 @@ def bare_compressor(
     bridges = [make_bridge("mlp", width, config.hidden_size, 24) for config in _DECODERS[:num_decoders]]
     if shared_bridge:
         return Compressor(encoder, [DecoderPort(width, nn.Identity()) for _ in bridges], bridges[0])
-    return Compressor(encoder, [DecoderPort(width, bridge) for bridge in bridges])
+    ports = [DecoderPort(width, bridge) for bridge in bridges]
+    for port, config in zip(ports, _DECODERS, strict=False):
+        if decoder_lora is not None:
+            sizes = DecoderLora.of(replace(config, **PARTS[parts]), rank=decoder_lora.rank, scale=decoder_lora.scale)
+            port.adapters = DecoderAdapters(sizes)
+    return Compressor(encoder, ports)
 
 
 def tiny_decoders(**kind: Any) -> list[Decoder]:
@@ -262,6 +270,7 @@ def train_plainly(
     mean_of_parts: int = 1,
 ) -> Trajectory:
     """Train on the joined batch of each step. Idle ports do not run and have no gradients (None)."""
+    connect_adapters(compressor.ports, decoders)
     groups = tiny_groups(compressor)
     optimizer = torch.optim.AdamW(
         [{"params": list(group.params), "weight_decay": group.weight_decay} for group in groups],

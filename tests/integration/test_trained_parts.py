@@ -1,4 +1,7 @@
-"""Runs on two ranks that train adapters or bridges only: checkpoints, resume, and exports with an ordinary encoder."""
+"""Runs on two ranks that train adapters or bridges only: checkpoints, resume, and exports with an ordinary encoder.
+
+One of the two decoders has adapters, too.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arc_ds.checkpoints.shards import SavedParameter, open_shards
+from arc_ds.errors import CheckpointError
 from arc_ds.export.consolidate import consolidate, consolidate_newest, find_checkpoint
 from arc_ds.model.weights import open_backbone
 from arc_ds.model.weights.lazy_tensor import as_lazy
@@ -27,7 +31,8 @@ SHORT = [
 ]
 LORA = ["encoder.lora.rank=2", "encoder.lora.alpha=8", "encoder.activation_checkpointing=selective"]
 SCALE = 4  # alpha / rank
-DECODERS = ["decoders.0.activation_checkpointing=selective", "decoders.1.activation_checkpointing=true"]
+DECODER_LORA = ["decoders.0.lora.rank=2", "decoders.0.lora.alpha=8"]
+DECODERS = [*DECODER_LORA, "decoders.0.activation_checkpointing=selective", "decoders.1.activation_checkpointing=true"]
 
 
 def _encoder_changes(run: Path, backbone: Path) -> dict[str, Tensor]:
@@ -37,6 +42,11 @@ def _encoder_changes(run: Path, backbone: Path) -> dict[str, Tensor]:
     names = [name for name in trained if name.startswith("encoder.")]
     assert len(names) == 1 + 2 * 9, names  # embeddings, and nine tensors of each of the two layers
     return {n: as_lazy(trained[n]).whole() - source.tensor(n.removeprefix("encoder.")).float() for n in names}
+
+
+def _decoder_adapters(run: Path) -> dict[str, Tensor]:
+    tensors = consolidate(find_checkpoint(run)).tensors
+    return {name: as_lazy(tensor).whole() for name, tensor in tensors.items() if ".adapters." in name}
 
 
 def _product(adapters: Mapping[str, SavedParameter], weight: str) -> Tensor:
@@ -59,7 +69,9 @@ def test_adapters_are_saved_resumed_and_merged_into_an_ordinary_encoder(tmp_path
         else:
             assert not change.any(), name
     half = tmp_path / "run" / "checkpoints" / "step_000002"
-    mean = consolidate_newest(tmp_path / "run", 2)[1].tensors
+    with pytest.raises(CheckpointError, match="adapters of a decoder.*without --average"):
+        consolidate_newest(tmp_path / "run", 2)
+    mean = consolidate_newest(tmp_path / "run", 2, decoders=["other"])[1].tensors
     steps = [consolidate(half.with_name(name)).tensors for name in ("step_000002", "step_000004")]
     for name in changes:  # of the merged weights, not of the adapters
         expected = torch.lerp(*(as_lazy(step[name]).whole() for step in steps), 0.5)
@@ -71,6 +83,11 @@ def test_adapters_are_saved_resumed_and_merged_into_an_ordinary_encoder(tmp_path
     assert resumed == losses(tmp_path / "run")[2:]
     for name, change in _encoder_changes(branch, tmp_path / "encoder").items():
         assert torch.equal(change, changes[name]), name
+    first, last, again = (_decoder_adapters(run) for run in (half, tmp_path / "run", branch))
+    assert {name.split(".")[1] for name in last} == {"0"} and len(last) == 2 * 7  # decoder 1 has none
+    for name, tensor in last.items():
+        assert torch.equal(again[name], tensor) and not torch.equal(first[name], tensor), name
+    assert "still gathered" not in console
 
 
 def test_train_bridge_is_the_old_keys_and_leaves_the_encoder_equal_to_the_bit(tmp_path: Path) -> None:

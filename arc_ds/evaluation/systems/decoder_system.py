@@ -30,6 +30,7 @@ from arc_ds.evaluation.systems.system import Answer, AnswerNll
 from arc_ds.inference.arc import ArcModel
 from arc_ds.inference.decoders import Implementation
 from arc_ds.inference.generate import Sampling
+from arc_ds.inference.load import check_runs_elsewhere
 from arc_ds.inference.prompt import Parts, Vectors
 from arc_ds.inference.reader import DecoderReader
 from arc_ds.inference.vectors import model_digest
@@ -411,10 +412,13 @@ def _once(key: Hashable, make: Callable[[], T]) -> T:
     return found
 
 
-def _share_decoder(reader: DecoderReader, path: Path) -> None:
-    """Name the reader after its file, and let it use the decoder of a system that has loaded the same one."""
+def _share_decoder(reader: DecoderReader, path: Path, adapters: Path | None = None) -> None:
+    """Name the reader after its file, and let it use the decoder of a system that has loaded the same one.
+
+    adapters: the export whose adapters the decoder has; None for none.
+    """
     decoder = reader.decoder
-    key = ("decoder", path, decoder.implementation, decoder.sizes, reader.device, reader.dtype)
+    key = ("decoder", path, adapters, decoder.implementation, decoder.sizes, reader.device, reader.dtype)
     reader.decoder, reader.name = _once(key, lambda: decoder), path.name
 
 
@@ -512,12 +516,13 @@ def build_arc(section: ArcSection, settings: SystemSettings) -> ArcSystem:
         decoder_parts="all" if section.server is None else "embedding",
     )
     if section.server is not None:
+        check_runs_elsewhere(model.spec, section.decoder_idx)
         readers, path = list(model.readers), Path(section.decoders[section.decoder_idx])
         readers[section.decoder_idx] = open_vector_reader(section.server, readers[section.decoder_idx], path)
         model.readers = tuple(readers)
     else:
-        for reader, path in zip(model.readers, map(Path, section.decoders), strict=True):
-            _share_decoder(reader, path)
+        for idx, (reader, path) in enumerate(zip(model.readers, map(Path, section.decoders), strict=True)):
+            _share_decoder(reader, path, None if model.spec.adapters_of(idx) is None else Path(section.model))
     reader, path = model.readers[section.decoder_idx], Path(section.decoders[section.decoder_idx])
     name = (reader.chat_template or "none") if section.chat_template == "auto" else section.chat_template
     # The pooling factor is data of a batch, so systems of other factors use the same weights.

@@ -99,9 +99,10 @@ def params_of_spec(spec: CompressorSpec, param_dtype: str) -> dict[str, Any]:
     Raises WeightsError if the format cannot represent the spec: other strategies, pooling after the layer, a bridge
     with GELU, several decoders with different widths, or a linear or rms bridge for each of several decoders.
     """
-    if spec.where == "after" or spec.bridge == "mlp_gelu":
+    if spec.where == "after" or spec.bridge == "mlp_gelu" or spec.adapters:
         raise WeightsError(
-            "the ARC format has no pooling after the layer and no bridge with GELU. Use our own export format."
+            "the ARC format has no pooling after the layer, no bridge with GELU and no adapters of decoders. Use our "
+            "own export format."
         )
     bridge_type: str | None = None if spec.bridge == "none" else spec.bridge
     if len(spec.decoder_sizes) > 1 and bridge_type is not None and not spec.bridge_shared:

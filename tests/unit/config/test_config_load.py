@@ -244,7 +244,8 @@ def test_hash_follows_what_changes_the_numbers_alone(write, override):
 
 def test_a_run_of_the_first_version_has_its_hash_and_can_be_resumed(write):
     assert config_hash(load_config(write())) == "f97c06171f455311"  # computed by that version
-    for override in ("encoder.keep_ports=false", "bridge.shared=true", "encoder.train=bridge", "encoder.lora.rank=4"):
+    later = ("encoder.keep_ports=false", "bridge.shared=true", "encoder.train=bridge", "encoder.lora.rank=4")
+    for override in (*later, "decoders.0.lora.rank=4"):
         assert config_hash(load_config(write(), [override])) != "f97c06171f455311"
 
 

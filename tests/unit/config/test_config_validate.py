@@ -45,7 +45,12 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["encoder.train=bridge", "encoder.trained_layers=2"], ["trained_layers is 2. Remove one", "last 2 layers"]),
         (["encoder.train=bridge", "encoder.lora.rank=2"], ["encoder.lora trains it. Remove one"]),
         (["encoder.lora.rank=2", "encoder.trained_layers=2"], ["trained_layers is 2. Remove one"]),
-        (["encoder.lora.rank=0"], ["encoder.lora.rank is 0", "null trains the weights"]),
+        (["encoder.lora.rank=0"], ["encoder.lora.rank is 0", "lora: null means no adapters"]),
+        (
+            ["decoders.0.lora.rank=2", "decoders.0.implementation=transformers"],
+            ["decoders.0.lora: adapters are not available", "that implementation: native computes"],
+        ),
+        (["decoders.0.lora.rank=2", "decoders.0.train=false"], ["lora needs training", "Remove one of the two keys"]),
         (
             ["encoder.train=bridge", "pooling.factors=[]", "pooling.memory_tokens=8"],
             ["would start untrained", "encoder.init_from"],

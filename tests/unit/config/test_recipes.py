@@ -107,13 +107,15 @@ def baseline(name: str, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     return load(ROOT / "ds_configs" / "recipes" / "baselines" / f"{name}_llama31_8b.yaml", monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["icae", "icae_finetune"])
-def test_the_icae_like_baseline_has_the_decoders_own_model_as_encoder(name, monkeypatch):
+@pytest.mark.parametrize("name", ["icae", "icae_finetune", "pisco"])
+def test_the_baselines_with_memory_tokens_have_the_decoders_own_model_as_encoder(name, monkeypatch):
     config = baseline(name, monkeypatch)
     assert config.encoder.backbone == config.decoders[0].backbone and config.encoder.kept_layers(32) == 32
     assert (config.pooling.memory_tokens, config.pooling.factors, config.bridge.kind) == (32, (), "none")
-    assert config.encoder.lora == LoraConfig(rank=128, alpha=32)
-    assert name == "icae_finetune" or (config.data.reconstruction_share, config.steps) == (0.5, 100_000)
+    pisco = LoraConfig(rank=16, alpha=32)
+    adapters = (pisco, pisco) if name == "pisco" else (LoraConfig(rank=128, alpha=32), None)
+    assert (config.encoder.lora, config.decoders[0].lora) == adapters
+    assert name != "icae" or (config.data.reconstruction_share, config.steps) == (0.5, 100_000)
 
 
 @pytest.mark.parametrize(("name", "lr", "num_samples"), [("xrag", 6e-3, 2_000_000), ("xrag_finetune", 2e-5, 4000 * 64)])
@@ -130,6 +132,6 @@ def test_the_xrag_like_baseline_trains_a_bridge_from_one_vector(name, lr, num_sa
 
 def test_baselines_and_the_encoder_are_fine_tuned_on_the_same_data(monkeypatch):
     papers = load(ROOT / "ds_configs" / "recipes" / "finetune_llama31_8b.yaml", monkeypatch)
-    for name in ("icae_finetune", "xrag_finetune"):
+    for name, steps in (("icae_finetune", papers.steps), ("xrag_finetune", papers.steps), ("pisco", 8000)):
         config = baseline(name, monkeypatch)
-        assert (config.data, config.steps) == (papers.data, papers.steps)
+        assert (config.data, config.steps) == (papers.data, steps)

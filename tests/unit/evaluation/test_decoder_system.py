@@ -23,8 +23,12 @@ from arc_ds.evaluation.systems import KINDS
 from arc_ds.evaluation.systems.budget import choose_sentences, cut_to, rows_of_arc, split_sentences
 from arc_ds.evaluation.systems.decoder_system import ArcSystem, DecoderSystem
 from arc_ds.evaluation.systems.kind import SystemSettings
+from arc_ds.evaluation.systems.served import ServerSection
+from arc_ds.export.formats import write_export
 from arc_ds.model.decoder import Decoder
+from arc_ds.model.decoder_adapters import DecoderLora
 from arc_ds.tokenizers import Tokenizer
+from tests.helpers.tiny_export import DECODER, tiny_trained
 
 TOWER = "The tower is of stone. It stands by the sea. A lamp burns in it at night."
 LAMP = "A lamp of stone held for years. The wind came from the sea."
@@ -203,6 +207,21 @@ def test_systems_that_are_alive_share_weights(folder: Path) -> None:
     decoder, compressor = (weakref.ref(part) for part in (systems[0].reader.decoder, systems[0].model.compressor))
     del systems
     assert decoder() is compressor() is None  # at once, without a search for cycles
+
+
+def test_a_decoder_with_adapters_is_shared_by_systems_of_its_export_alone(folder: Path, tmp_path: Path) -> None:
+    lora = DecoderLora.of(DECODER, rank=2, scale=0.5)
+    write_export(tiny_trained(tmp_path / "run", adapters=(lora,)), tmp_path / "export")
+    adapted = {"model": str(tmp_path / "export")}
+    names = ("arc", "open", "arc", "arc")
+    systems = [make(folder, kind, **keys) for kind, keys in zip(names, ({}, {}, adapted, adapted), strict=True)]
+    base, same, own, again = (system.reader.decoder for system in systems)
+    assert base is same and own is again and own is not base
+    wq = "layers.0.attention.wq.weight"
+    assert (own.get_parameter(wq) - base.get_parameter(wq)).norm() > 0.01
+    assert systems[2].describe()["decoder_digest"] != systems[0].describe()["decoder_digest"]
+    with pytest.raises(ConfigError, match="another engine would answer with the wrong weights.*leave out.*`server`"):
+        make(folder, "arc", **adapted, server=ServerSection(url="http://127.0.0.1:1", model="base"))
 
 
 @pytest.mark.parametrize("kind", ["arc", "closed", "open", "truncated", "bm25"])

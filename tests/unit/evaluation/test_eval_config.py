@@ -75,7 +75,7 @@ def test_errors_name_the_line(tmp_path: Path) -> None:
 
 
 def test_shipped_recipes_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MODELS", "EVAL_DATA", "ICAE", "XRAG"):
+    for name in ("MODELS", "EVAL_DATA", "ICAE", "XRAG", "PISCO"):
         monkeypatch.setenv(name, f"/{name}")
     configs = {path.stem: load_eval_config(path) for path in RECIPES.glob("*.yaml")}
     for name in ("demo", "paper_table1", "long_context"):

@@ -15,8 +15,14 @@ import torch
 from arc_ds import ArcModel, Context, Segment
 from arc_ds.batch.groups import GroupRule
 from arc_ds.errors import ConfigError, DataError, TokenizerError, WeightsError
+from arc_ds.export.consolidate import with_decoders
 from arc_ds.export.formats import write_export
+from arc_ds.inference.decoders import open_decoder
+from arc_ds.inference.rows import pack_rows
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.decoder_adapters import DecoderLora
 from arc_ds.model.weights import open_backbone
+from arc_ds.model.weights.lazy_tensor import as_lazy
 from arc_ds.tokenizers import Tokenizer
 from tests.helpers.tiny_data import write_tiktoken
 from tests.helpers.tiny_export import DECODER, tiny_trained, write_decoder
@@ -91,6 +97,38 @@ def test_text_alone_is_the_decoder_as_it_is(model: ArcModel) -> None:
     (alone,) = model.logits([[Segment.text([7, 8, 9])]])
     beside, _ = model.logits([[Segment.text([7, 8, 9])], [Segment.context([1, 2]), Segment.text([3])]])
     torch.testing.assert_close(alone, beside, rtol=0, atol=1e-5)
+
+
+def test_adapters_of_an_export_are_in_the_decoders_weights_and_other_engines_are_refused(tmp_path: Path) -> None:
+    lora = DecoderLora.of(DECODER, rank=2, scale=0.5)
+    trained = tiny_trained(tmp_path / "run", decoder_sizes=(48, 48), adapters=(lora, None))
+    write_export(trained, tmp_path / "export")
+    paths = [write_decoder(tmp_path / "a"), write_decoder(tmp_path / "b", seed=2)]
+    model = ArcModel.from_checkpoint(tmp_path / "export", decoders=paths)
+    sequence = [Segment.text([7, 8]), Segment.context([4, 8, 15]), Segment.text([9])]
+    base, other = (open_decoder(path, "checkpoint").load(model.device, torch.float32) for path in paths)
+    assert isinstance(base, Decoder)
+    batch, z_ZD = pack_rows(model._rows([sequence], 0), model.device, torch.float32)
+    frozen = base.logits(batch, z_ZD, batch.text_rows)
+    given = [trained.tensors[f"ports.0.adapters.{leaf}_{part}"] for leaf, *_ in lora.linears for part in "ab"]
+    base.use_adapters(lora, [as_lazy(tensor).whole() for tensor in given])
+    wanted, (found,) = base.logits(batch, z_ZD, batch.text_rows), model.logits([sequence])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert (found - frozen).abs().max() > 1e-2
+    for name, parameter in model.decoders[1].named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name
+    embedding = ArcModel.from_checkpoint(tmp_path / "export", decoders=paths, decoder_parts="embedding")
+    for each in (model, embedding):
+        with pytest.raises(ConfigError, match="decoder 0 has adapters.*use `generate`"):
+            each.prompt_embeds([["text"]])
+        assert len(each.prompt_embeds([["text"]], decoder=1)) == 1
+    deeper = write_decoder(tmp_path / "deeper", num_layers=3)
+    with pytest.raises(WeightsError, match="adapters in .* do not fit the layers of decoder .*/deeper"):
+        ArcModel.from_checkpoint(tmp_path / "export", decoders=[deeper])
+    with pytest.raises(WeightsError, match="no adapters of decoders"):
+        write_export(trained, tmp_path / "arc", export_format="arc")
+    assert with_decoders(trained, ["decoder0"]).spec.adapters == (lora,)
+    assert with_decoders(trained, ["decoder1"]).spec.adapters == ()
 
 
 def test_a_decoder_trained_without_begin_of_text_is_prompted_without_it(folders: Path, model: ArcModel) -> None:

@@ -17,7 +17,9 @@ from arc_ds.batch.segments import Sample, Segment
 from arc_ds.config.schema import EncoderConfig, LoraConfig
 from arc_ds.data.loading.estimates import Estimate
 from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.compressor import connect_adapters
 from arc_ds.model.decoder import Decoder
+from arc_ds.model.decoder_adapters import DecoderLora
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.planning.flops import Operations, StepFlops, count_flops, work_rates
 from arc_ds.training.build_model import lora_spec
@@ -85,6 +87,10 @@ def test_work_is_dealt_by_these_operations(estimate: Estimate, bound: float) -> 
     linear = replace(work_rates(PAPER, LLAMA_3_1_8B), encoder_pair=0.0, decoder_pair=0.0).work(estimate)
     attention = sum(part.attention for part in _passes(flops)) / counted
     assert linear / counted == pytest.approx(1 - attention, abs=bound)
+    adapted = replace(PAPER, adapters=(DecoderLora.of(LLAMA_3_1_8B, rank=128, scale=1.0),))
+    flops = count_flops(pack([laid_out], PAPER.packing), adapted, LLAMA_3_1_8B)
+    counted = sum(part.total for part in _passes(flops))
+    assert work_rates(adapted, LLAMA_3_1_8B).work(estimate) == pytest.approx(counted, rel=bound)
 
 
 def _batch(spec: PoolingSpec) -> PackedBatch:
@@ -132,15 +138,20 @@ def test_products_with_weights_are_those_that_torch_counts(
 
 
 @pytest.mark.parametrize(
-    ("train", "lora"),
-    [("bridge", None), ("all", LoraConfig(rank=2, alpha=4.0))],
-    ids=["memory tokens are frozen too", "adapters"],
+    ("train", "lora", "decoder_lora"),
+    [
+        ("bridge", None, None),
+        ("all", LoraConfig(rank=2, alpha=4.0), None),
+        ("all", LoraConfig(rank=2, alpha=4.0), DecoderLora.of(tiny_decoder().config, rank=3, scale=1.0)),
+    ],
+    ids=["memory tokens are frozen too", "adapters", "adapters of encoder and decoder"],
 )
 def test_products_are_counted_for_the_parts_that_the_config_trains(
-    train: Literal["all", "bridge"], lora: LoraConfig | None
+    train: Literal["all", "bridge"], lora: LoraConfig | None, decoder_lora: DecoderLora | None
 ) -> None:
-    changes = {"rules": (), "memory_tokens": 2}
-    with_memory = _compare_with_torch(changes, train=train, lora=lora)
+    changes: dict[str, Any] = {"rules": (), "memory_tokens": 2}
+    adapters = {} if decoder_lora is None else {"adapters": (decoder_lora,)}
+    with_memory = _compare_with_torch(changes | adapters, train=train, lora=lora)
     old_keys = _compare_with_torch(changes, trained_layers=0, train_embeddings=False)
     assert with_memory != old_keys
 
@@ -150,6 +161,7 @@ def _compare_with_torch(changes: dict[str, Any], **encoder: Any) -> int:
     parts = EncoderConfig(backbone="", **encoder).trained_parts
     compressor, decoder = tiny_compressor(lora=lora_spec(encoder.get("lora")), **changes), tiny_decoder()
     set_trained(compressor.encoder, **parts)
+    connect_adapters(compressor.ports, [decoder])
     batch = _batch(spec.packing)
     flops = count_flops(batch, spec, decoder.config, parts)
     measured = _measured(batch, compressor, decoder)

@@ -304,7 +304,7 @@ def test_the_slowest_link_decides() -> None:
         ("hosts_16x8x80gb", Machine("h100-80", 128, 16)),
         ("finetune_llama31_8b", Machine("h100-80", 8)),
         ("finetune_two_decoders", Machine("h100-80", 8)),
-        *((f"baselines/{name}_llama31_8b", Machine("h100-80", 8)) for name in ("icae", "icae_finetune")),
+        *((f"baselines/{name}_llama31_8b", Machine("h100-80", 8)) for name in ("icae", "icae_finetune", "pisco")),
         *((f"baselines/{name}_llama31_8b", Machine("h100-80", 8)) for name in ("xrag", "xrag_finetune")),
     ],
     ids=lambda value: value if isinstance(value, str) else value.gpu,

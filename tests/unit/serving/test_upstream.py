@@ -17,10 +17,14 @@ import torch
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from arc_ds import ArcModel, Context
+from arc_ds.errors import ConfigError
+from arc_ds.export.formats import write_export
+from arc_ds.model.decoder_adapters import DecoderLora
 from arc_ds.serving.engines import cache_salt, encode_tensor
 from arc_ds.serving.settings import UpstreamSettings
 from tests.helpers.fake_vllm import FakeVllm, continue_rows, serving
 from tests.helpers.served import Served, served
+from tests.helpers.tiny_export import DECODER, tiny_trained
 from tests.helpers.vllm_wire import decode_prompt_embeds
 from tests.helpers.waiting import LIMIT_S, wait_for
 from tests.unit.serving.test_server import CHAT, DOCUMENT, PROMPT, QUESTION, TEMPLATE, expected, raw_request
@@ -42,6 +46,15 @@ def forwarding(fake: FakeVllm, model: ArcModel, **settings: Any) -> Iterator[Ser
     """A server that forwards to a fake upstream."""
     with serving(fake) as url, served(model, upstream=UpstreamSettings(url=url, model="decoder", **settings)) as found:
         yield found
+
+
+def test_a_decoder_with_adapters_is_no_upstreams(tmp_path: Path) -> None:
+    lora = DecoderLora.of(DECODER, rank=2, scale=0.5)
+    write_export(tiny_trained(tmp_path / "run", adapters=(lora,)), tmp_path / "export")
+    model, settings = ArcModel.from_checkpoint(tmp_path / "export", decoders=[]), UpstreamSettings(url="", model="base")
+    message = "another engine would answer with the wrong weights.*leave out --upstream"
+    with pytest.raises(ConfigError, match=message), served(model, upstream=settings):
+        pass
 
 
 def test_vectors_reproduce_the_answer_of_a_decoder_upstream(model: ArcModel, embedder: ArcModel) -> None:

@@ -98,7 +98,8 @@ def test_markers_may_start_as_the_embedding_of_a_line_break(config_file: Path) -
     [("encoder.causal=true", "encoder.causal"), ("pooling.strategy=sum", "pooling.strategy"),
      ("pooling.where=between", "pooling.where"), ("pooling.factors=[2, 2]", "layers that pool"),
      ("data.decoder_bos=false", "data.decoder_bos"), ("bridge.kind=linear", "bridge.kind: linear here, mlp there"),
-     ("bridge.kind=rms", "bridge.kind: rms here, mlp there")],
+     ("bridge.kind=rms", "bridge.kind: rms here, mlp there"),
+     ("decoders.0.lora={rank: 2, alpha: 8}", "lora of decoder .*: rank 2 and alpha 8 here, none there")],
 )  # fmt: skip
 def test_weights_of_another_meaning_are_refused(
     config_file: Path, trained: TrainedCompressor, override: str, named: str
@@ -229,6 +230,26 @@ def test_kept_ports_keep_their_records(config_file: Path, tmp_path: Path) -> Non
     for kept, name, implementation in zip(found.records, ("wide", "other"), ("transformers", "native"), strict=False):
         expected = TrainedFor(name=name, rope_scaling="none", implementation=implementation, bos=False)
         assert kept == PortRecord(decoder=expected, ids_digest="a", weights=settings["weights"])
+
+
+def test_adapters_of_a_decoder_are_continued_and_kept(config_file: Path, tmp_path: Path) -> None:
+    lora = "decoders.1.lora={rank: 3, alpha: 8}"
+    fresh = load_config(config_file, [lora])
+    start, plain = dict(_start(fresh).named_parameters()), dict(_start(load_config(config_file)).named_parameters())
+    assert all(torch.equal(start[name], value) for name, value in plain.items())
+    added = start.keys() - plain.keys()
+    assert len(added) == 2 * 7 and all(start[name].any() != name.endswith("_b") for name in added)
+    folder = _export(config_file, tmp_path, compressor_spec(fresh), ("wide", "other"))
+    saved, init = load_file(folder / "model.safetensors"), f"encoder.init_from={folder}"
+    found = dict(_start(load_config(config_file, [lora, init])).named_parameters())
+    config = load_config(config_file, [_decoders(config_file, "wide"), init])
+    spec = compressor_spec(config)
+    opened = open_starting_weights(config, spec)
+    record = PortRecord(decoder=TrainedFor(name="wide", rope_scaling="none"), ids_digest=None, weights=None)
+    ports = saved_ports([record], spec, opened.plan, opened.folder)
+    assert ports.spec.adapters == compressor_spec(fresh).adapters and spec.adapters == ()
+    for name in added:
+        assert torch.equal(found[name], saved[name]) and torch.equal(ports.kept[name], saved[name]), name
 
 
 def test_the_first_memory_tokens_are_a_start(config_file: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from arc_ds.config.schema import OptimizerConfig
 from arc_ds.errors import ConfigError
+from arc_ds.model.spec import LoraSpec
 from arc_ds.training.optim import ParamGroup, PortAdamW, make_param_groups
 from arc_ds.training.schedule import RateSchedule
 from tests.helpers.plain_trainer import tiny_compressor, tiny_groups
@@ -116,12 +117,13 @@ def test_prepare_restores_what_a_universal_checkpoint_levels() -> None:
 
 
 def test_the_groups_hold_every_trained_parameter_once() -> None:
-    compressor = tiny_compressor()
+    compressor = tiny_compressor(decoder_lora=LoraSpec(rank=2, scale=1.0))
     groups = tiny_groups(compressor)
     assert [(group.name, group.port) for group in groups] == [
-        ("encoder", None), ("bridge.0", 0), ("markers.0", 0), ("bridge.1", 1), ("markers.1", 1),
+        ("encoder", None), ("bridge.0", 0), ("markers.0", 0), ("adapters.0", 0),
+        ("bridge.1", 1), ("markers.1", 1), ("adapters.1", 1),
     ]  # fmt: skip
-    assert [group.peak_lr for group in groups] == [1e-3, 3e-3, 2e-3, 3e-3, 2e-3]
+    assert [group.peak_lr for group in groups] == [1e-3, 3e-3, 2e-3, 1e-3, 3e-3, 2e-3, 1e-3]
     assert sorted(map(id, _params(groups))) == sorted(map(id, compressor.parameters()))
 
 

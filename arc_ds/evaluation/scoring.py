@@ -1,7 +1,7 @@
 """Scores of result files with intervals.
 
-`task_stats` turns answers into statistics (`metrics.py`), `draw_sums` sums them over drawn clusters (`statistics.py`),
-and `score_systems` makes scores of both. The score of a task with groups, such as directions of translation, is the
+`task_stats` turns answers into statistics (`metrics.py`), `score_draws` sums them over drawn clusters, and
+`score_system` makes scores of both. The score of a task with groups, such as directions of translation, is the
 mean of its groups' scores: all groups see the same drawn clusters. With several training seeds it is the mean over
 seeds. Sampled answers to one question differ in the field `seed` of their lines; their statistics are averaged first.
 
@@ -183,16 +183,15 @@ def with_clusters(*systems: SystemResults) -> list[SystemResults]:
     """
     files = [file for system in systems for file in system.seeds]
     known: dict[tuple[str, str], tuple[str, str]] = {}
-    if len(files) > 1:
-        for path, each in ((file.path, each) for file in files for each in file.predictions):
-            cluster, group = known.get((each.task, each.id), ("", ""))
-            found = cluster or each.cluster, group or each.group
-            if found != (each.cluster or cluster, each.group or group):
-                raise DataError(
-                    f"{path}: id {each.id!r} of task {each.task!r} has cluster {each.cluster!r} and group "
-                    f"{each.group!r}; another result has {cluster!r} and {group!r}. Evaluate all on the same data."
-                )
-            known[each.task, each.id] = found
+    for path, each in ((file.path, each) for file in files for each in file.predictions):
+        cluster, group = known.get((each.task, each.id), ("", ""))
+        found = cluster or each.cluster, group or each.group
+        if found != (each.cluster or cluster, each.group or group):
+            raise DataError(
+                f"{path}: id {each.id!r} of task {each.task!r} has cluster {each.cluster!r} and group {each.group!r}; "
+                f"another answer to it has {cluster!r} and {group!r}. Evaluate all on the same data."
+            )
+        known[each.task, each.id] = found
 
     def completed(each: Prediction) -> Prediction:
         cluster, group = known.get((each.task, each.id), ("", ""))

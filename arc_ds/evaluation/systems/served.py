@@ -31,7 +31,7 @@ from arc_ds.inference.load import DecoderSettings
 from arc_ds.inference.prompt_embeds import cache_salt, encode_tensor
 from arc_ds.inference.reader import Answer, DecoderReader, Nll, StopReason, before_first, reader_of
 from arc_ds.inference.rows import Rows, num_rows, pack_rows
-from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder
+from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder, TransformersSizes
 from arc_ds.model.weights.hf_config import RopeScalingChoice
 from arc_ds.system.packages import require
 
@@ -137,9 +137,6 @@ class ServedReader(DecoderReader):
             "server": {**dataclasses.asdict(self.identity), "nll": self.nll_method},
             "bos": self.bos,
         }
-
-    def forget(self) -> None:
-        """Does nothing: this reader keeps no rows."""
 
     def answer_rows(
         self,
@@ -316,7 +313,9 @@ def _served(section: ServerSection, reader: DecoderReader, path: Path) -> Served
     server = section.client()
     identity = server.identify(section.model)
     limits = [limit for limit in (reader.max_positions, identity.max_rows) if limit is not None]
-    if reader.decoder.sizes != read_decoder_sizes(path, "checkpoint"):
+    sizes = reader.decoder.sizes
+    # Decoders through transformers always have the scaling of their files.
+    if not isinstance(sizes, TransformersSizes) and sizes != read_decoder_sizes(path, "checkpoint"):
         logger.warning(
             f"the decoder {path} must run without rotary scaling, but the server {server.base} applies the scaling of "
             "its files. Remove it from the config.json that the server reads."

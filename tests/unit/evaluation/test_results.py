@@ -122,7 +122,10 @@ def test_systems_are_named_by_field_file_or_path(tmp_path: Path) -> None:
     assert len(set(twice)) == 2
 
 
-def test_files_between_commas_are_seeds_of_one_system(tmp_path: Path) -> None:
+def test_files_between_commas_are_seeds_of_one_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = [write(Path(f"{n}{'x' * 90}.jsonl"), {**LINE, "system": "arc"}) for n in range(3)]
+    assert len(read_systems([",".join(map(str, long))])[0].seeds) == 3, "the list is too long for the name of a file"
     paths = [str(write(tmp_path / f"{name}.jsonl", {**LINE, "system": "arc"})) for name in "abc"]
     (found,) = read_systems([",".join(paths)])
     assert found.name == "arc" and [str(seed.path) for seed in found.seeds] == paths

@@ -385,8 +385,11 @@ def _notes(
     return notes
 
 
-def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as JSON: differences, and last, best and at-step values of every shown metric of each run."""
+def to_json(comparison: Comparison, extra: Sequence[Table] = ()) -> dict[str, Any]:
+    """The comparison as JSON: differences, and last, best and at-step values of every shown metric of each run.
+
+    extra: further tables, each a list of objects under its name.
+    """
     metric, direction = comparison.best
     differences = config_differences(comparison.runs)
     group_of = {member: group.label for group in comparison.groups for member in group.members}
@@ -418,4 +421,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             }
             for place, run in enumerate(comparison.runs)
         ],
+        **{
+            table.name: [dict(zip(table.columns, (cell.value for cell in row), strict=True)) for row in table.rows]
+            for table in extra
+        },
     }

@@ -104,6 +104,11 @@ class SystemResults:
     name: str
     seeds: tuple[ResultFile, ...]
 
+    @property
+    def predictions(self) -> list[Prediction]:
+        """The answers of all training seeds."""
+        return [each for file in self.seeds for each in file.predictions]
+
 
 def read_systems(arguments: Sequence[str]) -> list[SystemResults]:
     """Read result files for a table or a comparison.

@@ -6,10 +6,11 @@ import argparse
 import json
 import logging
 
-from arc_ds.commands.eval.result_arguments import SEEDS_NOTE, add_results, json_number, number, read_arguments, table
+from arc_ds.commands.eval.result_arguments import SEEDS_NOTE, add_results, json_number, read_arguments
 from arc_ds.evaluation.metrics import signature
-from arc_ds.evaluation.results import SystemResults
-from arc_ds.evaluation.scoring import Score, SystemScores, is_bleu_lowercase, score_system
+from arc_ds.evaluation.scoring import SystemScores, is_bleu_lowercase, score_system
+from arc_ds.evaluation.tables import metric_table
+from arc_ds.pages.tables import to_text
 
 HELP = "score files of predictions, with intervals"
 
@@ -25,19 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "nats per token; with several systems, an object of these by the systems' names."
     )
     add_results(parser, "FILE")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Run the subcommand; return its exit code."""
     systems = read_arguments(namespace)
     scores = [score_system(system) for system in systems]
-    for results, each in zip(systems, scores, strict=True):
-        _warn(results, each)
+    for each in scores:
+        _warn(each)
     if namespace.json:
         found = {each.name: _json(each) for each in scores}
         print(json.dumps(next(iter(found.values())) if len(found) == 1 else found, indent=2, ensure_ascii=False))
         return 0
-    print(_table(scores))
+    print(to_text(metric_table(scores)))
     metrics = dict.fromkeys(metric for each in scores for task in each.by_task.values() for metric in task)
     print()
     for metric in metrics:
@@ -48,7 +50,7 @@ def run(namespace: argparse.Namespace) -> int:
     return 0
 
 
-def _warn(results: SystemResults, scores: SystemScores) -> None:
+def _warn(scores: SystemScores) -> None:
     """Warn of answers that a score hides: empty ones, those to blank references, and those that `eval run` left out."""
     for task, stats in scores.stats.items():
         if stats.num_empty:
@@ -61,7 +63,7 @@ def _warn(results: SystemResults, scores: SystemScores) -> None:
                 "remove such references",
                 *(scores.name, stats.num_blank, task),
             )
-        file = results.seeds[0]
+        file = scores.results.seeds[0]
         for reason, systems in (file.run.get("skipped") or {}).items():
             if isinstance(systems, dict) and (ids := systems.get(file.system, {}).get(task)):
                 logger.warning(
@@ -83,31 +85,3 @@ def _json(scores: SystemScores) -> dict[str, dict[str, dict[str, float | None]]]
         }
         for task, metrics in scores.by_task.items()
     }
-
-
-def _table(scores: list[SystemScores]) -> str:
-    rows = [["system", "task", "metric", "score", "95% interval", "std. error", "n", "clusters"]]
-    has_seeds = any(
-        score.seed_sd is not None for each in scores for task in each.by_task.values() for score in task.values()
-    )
-    for each in scores:
-        for task, metrics in each.by_task.items():
-            rows += [[each.name, task, metric, *_cells(score)] for metric, score in metrics.items()]
-        if each.average is not None:
-            rows.append([each.name, "average", "headlines", *_cells(each.average)])
-    if has_seeds:
-        rows[0].append("sd of seeds")
-    else:
-        rows = [row[: len(rows[0])] for row in rows]
-    return table(rows, 3)
-
-
-def _cells(score: Score) -> list[str]:
-    return [
-        number(score.value),
-        f"{number(score.low)} to {number(score.high)}",
-        number(score.stderr),
-        str(score.n),
-        str(score.num_clusters),
-        number(score.seed_sd),
-    ]

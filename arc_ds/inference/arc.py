@@ -24,7 +24,7 @@ from arc_ds.data.tasks.chat import LayoutName
 from arc_ds.errors import ConfigError, DataError, TokenizerError
 from arc_ds.inference.generate import Sampling, whole_number
 from arc_ds.inference.load import load_compressor, load_encoder_tokenizer, open_arc_folder, open_trained_decoders
-from arc_ds.inference.prompt import Context, Parts, Prompt, Vectors
+from arc_ds.inference.prompt import Context, Parts, Prompt, Vectors, with_vectors
 from arc_ds.inference.reader import (
     Answer,
     DecoderReader,
@@ -255,8 +255,6 @@ class ArcModel:
         self,
         prompts: Sequence[Prompt | Parts],
         decoder: int = 0,
-        *,
-        vectors: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """The decoder's input rows of each prompt, for other engines that run the decoder: a list of [rows, D_decoder].
 
@@ -265,7 +263,6 @@ class ArcModel:
         `attention_mask`; `arc_ds.serving.engines` writes requests for vLLM and SGLang.
 
         prompts: as for `generate`.
-        vectors: see `generate_ids`.
 
         Raises the errors of `generate` on prompts.
         """
@@ -273,7 +270,7 @@ class ArcModel:
         reader = self._reader(decoder)
         if not prompts:
             return []
-        rows = self._rows(self._all_parts(prompts, decoder), decoder, vectors)
+        rows = self._rows(self._all_parts(prompts, decoder), decoder)
         batch, z_ZD = pack_rows(rows, reader.device, reader.dtype)
         return list(reader.decoder.embed(batch, z_ZD).split(batch.decoder_cu_seqlens.diff().tolist()))
 
@@ -344,22 +341,19 @@ class ArcModel:
         max_new_tokens: int | Sequence[int] = 64,
         stop_ids: Sequence[int] = (),
         sampling: Sampling | None = None,
-        vectors: Sequence[Tensor] | None = None,
         has_ended: Callable[[int, list[int]], bool] | None = None,
         max_rows: int | None = None,
     ) -> list[list[int]]:
         """`generate` on token ids: no tokenizer, no begin-of-text token, and no stops but `stop_ids` and `has_ended`.
 
         stop_ids: `decoder_stop_ids[decoder]` are those of `generate`.
-        vectors: what `compress` gave for each context of the prompts, in reading order, [m, D_decoder] each. None
-            compresses the contexts now.
         has_ended: called after every step with (index of a prompt, its new tokens) if it had not ended before the step;
             True ends it.
         """
         checked = _checked_sequences("prompts", prompts)
         reader = self._whole_reader(decoder)
         lines = reader.continue_rows(
-            self._rows(checked, decoder, vectors),
+            self._rows(checked, decoder),
             max_new_tokens=max_new_tokens,
             stop_ids=reader.checked_stop_ids(stop_ids),
             sampling=sampling,
@@ -368,27 +362,16 @@ class ArcModel:
         )
         return [line.ids for line in lines]
 
-    def _rows(
-        self, prompts: Sequence[Parts], decoder: int, given: Sequence[Tensor] | None = None
-    ) -> list[list[TokenIds | Tensor]]:
-        """Prompts as the decoder reads them. Equal contexts are compressed once.
-
-        given: the vectors of each context; None: compress them.
-        """
+    def _rows(self, prompts: Sequence[Parts], decoder: int) -> list[list[TokenIds | Tensor]]:
+        """Prompts as the decoder reads them. Equal contexts are compressed once."""
         contexts = [
             part for prompt in prompts for part in prompt if isinstance(part, Segment) and part.kind == "context"
         ]
-        if given is None:
-            different = {_key(segment): segment for segment in contexts}
-            found = dict(zip(different, self._compress(list(different.values()), decoder), strict=True))
-            vectors = iter([found[_key(segment)] for segment in contexts])
-        else:
-            vectors = iter(self._checked_vectors(given, contexts, decoder))
+        different = {_key(segment): segment for segment in contexts}
+        found = dict(zip(different, self._compress(list(different.values()), decoder), strict=True))
+        vectors = iter([found[_key(segment)] for segment in contexts])
         reader = self._reader(decoder)
-        return [
-            reader.rows([Vectors(next(vectors)) if _is_context(part) else part for part in prompt], idx)
-            for idx, prompt in enumerate(prompts)
-        ]
+        return [reader.rows(with_vectors(prompt, vectors), idx) for idx, prompt in enumerate(prompts)]
 
     def _compress(self, segments: Sequence[Segment], decoder: int) -> list[Tensor]:
         """The vectors of context segments, in batches of bounded size."""
@@ -403,19 +386,6 @@ class ArcModel:
             batch = batch.to(self.device)
             found += self.compressor(batch, decoder).split(batch.decoder_cu_seqlens.diff().tolist())
         return found
-
-    def _checked_vectors(self, given: Sequence[Tensor], contexts: Sequence[Segment], decoder: int) -> Sequence[Tensor]:
-        """The given vectors. DataError if they are not those of the contexts."""
-        lengths = num_outputs(np.array([len(segment.ids) for segment in contexts], dtype=np.int64), self.spec.packing)
-        width = self.spec.decoder_sizes[decoder]
-        expected = [[num + (s.marker is not None), width] for num, s in zip(lengths.tolist(), contexts, strict=True)]
-        shapes = [list(z_ZD.shape) for z_ZD in given]
-        if shapes != expected:
-            raise DataError(
-                f"the vectors have shapes {shapes[:8]}; the contexts of the prompts need {expected[:8]}. Pass "
-                "what `compress` gives for each context, for this decoder and with the same markers."
-            )
-        return given
 
     def _reader(self, decoder: int) -> DecoderReader:
         if decoder not in range(len(self.readers)):
@@ -520,10 +490,6 @@ def _with_memory_tokens(spec: CompressorSpec, num: int) -> CompressorSpec:
 def _key(segment: Segment) -> tuple[bytes, Marker | None]:
     """Contexts with equal keys have the same vectors."""
     return np.asarray(segment.ids, dtype=np.int64).tobytes(), segment.marker
-
-
-def _is_context(part: Segment | Vectors) -> bool:
-    return isinstance(part, Segment) and part.kind == "context"
 
 
 def _checked_sequences(what: str, given: Sequence[Parts]) -> list[tuple[Segment | Vectors, ...]]:

@@ -14,7 +14,7 @@ from arc_ds.batch.segments import Marker, Segment, TokenIds
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.errors import ArcError, DataError
 from arc_ds.inference.arc import ArcModel, Context, Vectors
-from arc_ds.inference.prompt import Parts
+from arc_ds.inference.prompt import Parts, with_vectors
 from arc_ds.inference.prompt_embeds import decode_tensor
 from arc_ds.inference.reader import check_ids
 from arc_ds.serving import prompts
@@ -241,7 +241,8 @@ class Service:
             deltas, fallback = await self._upstream.answer(request.question, vectors, options)
             return Reply(deltas, usage, fallback)
         assert self._generation is not None and request.question.segments is not None
-        return Reply(self._generation.answer(request.question.segments, vectors, options), usage)
+        parts = with_vectors(request.question.segments, vectors)
+        return Reply(self._generation.answer(parts, options), usage)
 
     def _contexts(self, documents: Sequence[Context]) -> list[Segment]:
         encoder = self._model.encoder_tokenizer

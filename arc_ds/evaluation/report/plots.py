@@ -252,7 +252,7 @@ def _marker(group: int, x: float, y: float) -> str:
 
 def _tooltip(point: Point) -> str:
     interval = "" if math.isnan(point.low) else f" [{point.low:.2f}, {point.high:.2f}]"
-    x = "" if math.isnan(point.x) else f" at {point.x:.4g}"
+    x = "" if math.isnan(point.x) else f" at {'∞' if math.isinf(point.x) else f'{point.x:.4g}'}"
     return f"<title>{escape(point.label)}: {point.value:.2f}{interval}{x}</title>"
 
 

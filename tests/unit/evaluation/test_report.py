@@ -390,7 +390,8 @@ def test_names_of_points_at_one_place_do_not_cover_each_other():
     svg = scatter_plot(points, "x", "y")
     found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class=name>', svg)
     places = [(float(x), float(y)) for x, y in found]
-    assert len(places) == 6
+    assert len(places) == 6 and "system 0: 50.00 [49.00, 52.00] at 4<" in svg
+    assert "at ∞<" in scatter_plot([points[0]._replace(x=math.inf)], "x", "y")
     for (x, y), (other_x, other_y) in combinations(places, 2):
         assert abs(y - other_y) >= 11.9 or abs(x - other_x) > 48  # a name is 12 high and 48 wide
 

@@ -92,6 +92,23 @@ class ResultFile:
         """The protocol's fields; empty if they are unknown."""
         return self.run.get("protocol") or {}
 
+    @property
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """Numbers of samples that were not asked, by reason and task."""
+        reasons = self.run.get("skipped")
+        return {reason: self._numbers(of) for reason, of in reasons.items()} if isinstance(reasons, dict) else {}
+
+    @property
+    def shortened(self) -> dict[str, int]:
+        """Numbers of samples with a shortened document, by task."""
+        return self._numbers(self.run.get("shortened"))
+
+    def _numbers(self, systems: Any) -> dict[str, int]:
+        """The numbers of this system, which `run.json` states as numbers or as lists of ids."""
+        tasks = systems.get(self.system) if isinstance(systems, dict) else None
+        items = tasks.items() if isinstance(tasks, dict) else ()
+        return {task: value if isinstance(value, int) else len(value) for task, value in items}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemResults:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from arc_ds.evaluation.sample import Document, EvalPrompt
+from arc_ds.evaluation.systems.budget import Part
 from arc_ds.evaluation.systems.system import System
-
-Part = Literal["head", "tail", "middle"]
 
 _TRIES = 16
 _CLOSE_ENOUGH = 0.98  # of the window

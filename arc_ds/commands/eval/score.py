@@ -63,12 +63,11 @@ def _warn(scores: SystemScores) -> None:
                 "remove such references",
                 *(scores.name, stats.num_blank, task),
             )
-        file = scores.results.seeds[0]
-        for reason, systems in (file.run.get("skipped") or {}).items():
-            if isinstance(systems, dict) and (ids := systems.get(file.system, {}).get(task)):
+        for reason, numbers in scores.results.seeds[0].skipped.items():
+            if numbers.get(task):
                 logger.warning(
                     "%s: %d questions of task %s were not asked (%s); the scores leave them out",
-                    *(scores.name, len(ids), task, reason),
+                    *(scores.name, numbers[task], task, reason),
                 )
 
 

@@ -7,7 +7,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any
 
 from arc_ds.config.load import flatten_tree
 from arc_ds.evaluation.comparison import Difference
@@ -74,7 +73,7 @@ def notes_of(report: Report) -> list[str]:
     skipped = [
         f"{system.name}: {count} of {TITLES.get(task, task)} ({reason})"
         for system in report.systems
-        for reason, by in _skipped(system).items()
+        for reason, by in system.results.seeds[0].skipped.items()
         for task, count in by.items()
         if count and task in report.tasks
     ]
@@ -277,15 +276,15 @@ def count_table(report: Report) -> Table:
     """Counts of answers, skipped samples and stop reasons, and sizes of prompts, by system and task."""
     found = []
     for group, system in enumerate(report.systems):
-        skipped = _skipped(system)
+        file = system.results.seeds[0]
         for task, stats in system.stats.items():
             answers = [each for each in system.results.predictions if each.task == task]
             score = next(iter(system.by_task[task].values()))
             counts: dict[str, Cell] = {
                 "answers": count_cell(len(answers)),
                 "clusters": count_cell(score.num_clusters),
-                **{f"skipped: {reason}": count_cell(by[task]) for reason, by in skipped.items()},
-                "shortened": count_cell(_shortened(system).get(task)),
+                **{f"skipped: {reason}": count_cell(by.get(task, 0)) for reason, by in file.skipped.items()},
+                "shortened": count_cell(file.shortened.get(task)),
                 "empty": count_cell(stats.num_empty),
             }
             stops = Counter(each.stop or "unknown" for each in answers)
@@ -308,25 +307,6 @@ def count_table(report: Report) -> Table:
         "are means over answers. Columns without any count are left out."
     )
     return Table("counts", "Counts and sizes", ("system", "task", *shown), rows, caption)
-
-
-def _skipped(system: SystemScores) -> dict[str, Counter[str]]:
-    """Numbers of skipped samples of the first training seed, by reason and task."""
-    file = system.results.seeds[0]
-    reasons = file.run.get("skipped") or {}
-    return {reason: Counter(_numbers(by.get(file.system))) for reason, by in reasons.items() if isinstance(by, dict)}
-
-
-def _shortened(system: SystemScores) -> dict[str, int]:
-    file = system.results.seeds[0]
-    found = file.run.get("shortened") or {}
-    return _numbers(found.get(file.system)) if isinstance(found, dict) else {}
-
-
-def _numbers(counts: Any) -> dict[str, int]:
-    """Counts by task, of numbers or of lists of ids."""
-    items = counts.items() if isinstance(counts, dict) else ()
-    return {task: value if isinstance(value, int) else len(value) for task, value in items}
 
 
 def run_table(report: Report) -> Table:

@@ -78,6 +78,9 @@ def test_questions_that_were_not_asked_are_named(tmp_path: Path, capsys, caplog)
     with caplog.at_level(logging.WARNING):
         printed(capsys, "score", "--json", str(tmp_path))
     assert "2 questions of task squad were not asked (too long); the scores leave them out" in caplog.text
+    write_results(tmp_path, questions(6, 0.4), {"skipped": {"too long": {"": {"squad": 3}}, "other": None}})
+    printed(capsys, "score", "--json", str(tmp_path))
+    assert "3 questions of task squad were not asked" in caplog.text
 
 
 def test_one_cluster_has_null_limits(tmp_path: Path, capsys) -> None:

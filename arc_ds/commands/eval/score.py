@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 
 from arc_ds.commands.eval.result_arguments import SEEDS_NOTE, add_results, json_number, read_arguments
+from arc_ds.comparison.find import find_store
+from arc_ds.evaluation.log import log_scores
 from arc_ds.evaluation.metrics import signature
 from arc_ds.evaluation.scoring import SystemScores, is_bleu_lowercase, score_system
 from arc_ds.evaluation.tables import metric_table
 from arc_ds.pages.tables import to_text
+from arc_ds.system.user_paths import user_path
 
 HELP = "score files of predictions, with intervals"
 
@@ -27,6 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_results(parser, "FILE")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    parser.add_argument(
+        "--log",
+        metavar="EXPERIMENT",
+        help="log scores and answers into MLflow: into the run that trained a system's model, at the step of its "
+        "checkpoint, or else into a run of their own in this experiment",
+    )
+    parser.add_argument(
+        "--tracking-uri",
+        type=user_path,
+        metavar="URI",
+        help="MLflow's server or database, or the folder that holds it, for --log (default: that of arc-ds compare)",
+    )
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -35,6 +51,9 @@ def run(namespace: argparse.Namespace) -> int:
     scores = [score_system(system) for system in systems]
     for each in scores:
         _warn(each)
+    if namespace.log is not None:
+        for name, run_id in log_scores(scores, find_store(namespace.tracking_uri).uri, namespace.log).items():
+            print(f"{name}: logged in the MLflow run {run_id}", file=sys.stderr)
     if namespace.json:
         found = {each.name: _json(each) for each in scores}
         print(json.dumps(next(iter(found.values())) if len(found) == 1 else found, indent=2, ensure_ascii=False))

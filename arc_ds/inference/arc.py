@@ -20,7 +20,6 @@ from torch import Tensor
 
 from arc_ds.batch.packing import num_outputs, pack
 from arc_ds.batch.segments import Marker, Sample, Segment, TokenIds
-from arc_ds.data.tasks.chat import LayoutName
 from arc_ds.errors import ConfigError, DataError, TokenizerError
 from arc_ds.inference.generate import Sampling, whole_number
 from arc_ds.inference.load import load_compressor, load_encoder_tokenizer, open_arc_folder, open_trained_decoders
@@ -99,24 +98,9 @@ class ArcModel:
         return [reader.tokenizer for reader in self.readers]
 
     @property
-    def decoder_bos(self) -> list[bool]:
-        """For each decoder, whether text prompts begin with its begin-of-text token."""
-        return [reader.bos for reader in self.readers]
-
-    @property
-    def decoder_chat_templates(self) -> list[LayoutName | None]:
-        """For each decoder, the layout of its chats in training."""
-        return [reader.chat_template for reader in self.readers]
-
-    @property
     def decoder_stop_ids(self) -> list[tuple[int, ...]]:
         """For each decoder, the ids that end a continuation of `generate`."""
         return [reader.stop_ids or () for reader in self.readers]
-
-    @property
-    def decoder_max_positions(self) -> list[int | None]:
-        """For each decoder, the longest sequence that its files state."""
-        return [reader.max_positions for reader in self.readers]
 
     @property
     def decoder_parts(self) -> DecoderParts:

@@ -112,7 +112,7 @@ class Service:
     @property
     def max_rows(self) -> int:
         """Longest prompt plus answer, in rows of the decoder."""
-        stated = self._model.decoder_max_positions[self._decoder] if self._has_decoder else None
+        stated = self._model.readers[self._decoder].max_positions if self._has_decoder else None
         return min(self.settings.prompt_rows, stated or self.settings.prompt_rows)
 
     def read(self, kind: Kind, raw: bytes) -> GenerationRequest:

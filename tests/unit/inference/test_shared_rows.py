@@ -420,6 +420,8 @@ def test_wrong_limits_and_vectors_are_one_clear_error() -> None:
     found, prompt = make_reader(), [ids(3, 0)]
     with pytest.raises(ConfigError, match="max_new_tokens has 2 limits for 1 prompts"):
         found.continue_rows([prompt], max_new_tokens=[1, 2])
+    with pytest.raises(ConfigError, match="max_new_tokens is -1; expected a whole number from 0"):
+        found.continue_rows([prompt], max_new_tokens=-1)
     with pytest.raises(ConfigError, match="max_rows is 0; expected a whole number from 1"):
         found.continue_rows([prompt], max_new_tokens=1, max_rows=0)
     for wrong in (vectors(2, 0)[:, :-1], vectors(2, 0)[0], vectors(0, 0)):

@@ -6,9 +6,9 @@ from arc_ds.pages.axes import number
 from arc_ds.pages.tables import EMPTY, Cell, Table
 
 
-def number_cell(value: float | None, note: str = "", group: int | None = None) -> Cell:
+def number_cell(value: float | None, note: str = "") -> Cell:
     """A cell with a number; an empty cell for None."""
-    return EMPTY if value is None else Cell(number(value), value, note, group)
+    return EMPTY if value is None else Cell(number(value), value, note)
 
 
 def transposed(table: Table, corner: str) -> Table:

@@ -326,7 +326,6 @@ class ArcModel:
         stop_ids: Sequence[int] = (),
         sampling: Sampling | None = None,
         has_ended: Callable[[int, list[int]], bool] | None = None,
-        max_rows: int | None = None,
     ) -> list[list[int]]:
         """`generate` on token ids: no tokenizer, no begin-of-text token, and no stops but `stop_ids` and `has_ended`.
 
@@ -342,7 +341,6 @@ class ArcModel:
             stop_ids=reader.checked_stop_ids(stop_ids),
             sampling=sampling,
             has_ended=has_ended,
-            max_rows=max_rows,
         )
         return [line.ids for line in lines]
 
@@ -398,15 +396,15 @@ class ArcModel:
             "tokens."
         )
 
-    def segments(self, prompt: Prompt | Sequence[Segment], decoder: int = 0, where: str = "a prompt") -> list[Segment]:
+    def segments(self, prompt: Prompt | Sequence[Segment], decoder: int = 0) -> list[Segment]:
         """The tokens of a prompt, as `generate` reads it: with the begin-of-text token. Segments are returned as given.
 
-        where: the prompt, for errors, which are those of `generate`. A prompt with `Vectors` has no segments.
+        Raises the errors of `generate`, and DataError on a prompt with `Vectors`, which has no segments.
         """
-        parts, _ = self._read(prompt, decoder, where)
+        parts, _ = self._read(prompt, decoder, "a prompt")
         segments = [part for part in parts if isinstance(part, Segment)]
         if len(segments) < len(parts):
-            raise DataError(f"{where} has Vectors, which have no tokens. Give their texts as Context.")
+            raise DataError("a prompt has Vectors, which have no tokens. Give their texts as Context.")
         return segments
 
     def _all_parts(self, prompts: Sequence[Prompt | Parts], decoder: int) -> list[list[Segment | Vectors]]:

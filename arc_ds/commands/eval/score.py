@@ -9,7 +9,6 @@ import sys
 
 from arc_ds.commands.eval.result_arguments import SEEDS_NOTE, add_results, json_number, read_arguments
 from arc_ds.comparison.find import find_store
-from arc_ds.evaluation.log import log_scores
 from arc_ds.evaluation.metrics import signature
 from arc_ds.evaluation.scoring import SystemScores, is_bleu_lowercase, score_system
 from arc_ds.evaluation.tables import metric_table
@@ -52,6 +51,8 @@ def run(namespace: argparse.Namespace) -> int:
     for each in scores:
         _warn(each)
     if namespace.log is not None:
+        from arc_ds.evaluation.log import log_scores  # imports torch
+
         for name, run_id in log_scores(scores, find_store(namespace.tracking_uri).uri, namespace.log).items():
             print(f"{name}: logged in the MLflow run {run_id}", file=sys.stderr)
     if namespace.json:

@@ -103,11 +103,20 @@ class ResultFile:
         """Numbers of samples with a shortened document, by task."""
         return self._numbers(self.run.get("shortened"))
 
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """The description of the system; empty if it is unknown."""
+        return self._own(self.run.get("systems"))
+
     def _numbers(self, systems: Any) -> dict[str, int]:
-        """The numbers of this system, which `run.json` states as numbers or as lists of ids."""
-        tasks = systems.get(self.system) if isinstance(systems, dict) else None
-        items = tasks.items() if isinstance(tasks, dict) else ()
-        return {task: value if isinstance(value, int) else len(value) for task, value in items}
+        """The numbers of this system by task, which `run.json` states as numbers or as lists of ids."""
+        counts = {task: len(each) if isinstance(each, list) else each for task, each in self._own(systems).items()}
+        return {task: each for task, each in counts.items() if isinstance(each, int)}
+
+    def _own(self, systems: Any) -> Mapping[str, Any]:
+        """The entry of this system in a part of `run.json`, which may be of another program."""
+        own = systems.get(self.system) if isinstance(systems, dict) else None
+        return own if isinstance(own, dict) else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -341,14 +341,8 @@ def decoder_of(system: SystemScores) -> str:
     return system.results.seeds[0].predictions[0].decoder
 
 
-def description_of(system: SystemScores) -> Mapping[str, Any]:
-    """What run.json says of the system; empty if it is unknown."""
-    file = system.results.seeds[0]
-    found = (file.run.get("systems") or {}).get(file.system)
-    return found if isinstance(found, dict) else {}
-
-
 def role_of(system: SystemScores) -> str:
     """ "closed", "open" or "mismatched", by the system's kind or else by its name; empty for other systems."""
-    text = str(description_of(system).get("kind") or system.results.seeds[0].system or system.name).lower()
+    file = system.results.seeds[0]
+    text = str(file.description.get("kind") or file.system or system.name).lower()
     return next((role for role in ("closed", "open", "mismatched") if text.startswith(role)), "")

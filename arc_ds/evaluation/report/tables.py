@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from arc_ds.config.load import flatten_tree
 from arc_ds.evaluation.comparison import Difference
 from arc_ds.evaluation.metrics import metrics_of, signature
-from arc_ds.evaluation.report.content import GapClosed, Report, Sizes, description_of
+from arc_ds.evaluation.report.content import GapClosed, Report, Sizes
 from arc_ds.evaluation.report.paper import PaperRow, paper_rows
 from arc_ds.evaluation.scoring import Score, SystemScores, is_bleu_lowercase
 from arc_ds.evaluation.tables import (
@@ -340,7 +340,7 @@ def _systems(report: Report, names: list[str]) -> str:
 
 def description_tables(report: Report) -> list[Table]:
     """A table of what run.json says of each system; none if it says nothing."""
-    flat = [flatten_tree(dict(description_of(system))) for system in report.systems]
+    flat = [flatten_tree(dict(system.results.seeds[0].description)) for system in report.systems]
     keys = list(dict.fromkeys(key for each in flat for key in each if key))
     rows = [
         (text_cell(system.name, group=group), *(text_cell(_scalar_text(each.get(key))) for key in keys))

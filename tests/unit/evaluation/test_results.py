@@ -102,6 +102,10 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text(json.dumps(LINE), encoding="utf-16")
     with pytest.raises(DataError, match=r"b.jsonl is UTF-16, expected UTF-8. Convert it: iconv"):
         read_results(tmp_path / "b.jsonl")
+    write(tmp_path / PREDICTIONS, LINE)
+    (tmp_path / RUN).write_text('{"systems": [1], "skipped": {"too long": 3}, "shortened": {"": {"nq": "x"}}}')
+    (file,) = read_results(tmp_path)
+    assert (file.description, file.skipped, file.shortened) == ({}, {"too long": {}}, {}), "another program's"
     (tmp_path / RUN).write_text("[]")
     with pytest.raises(DataError, match=r"run.json: expected a JSON object"):
         read_run(tmp_path)

@@ -307,8 +307,7 @@ def _turned(table: Table, corner: str) -> Table:
 def _config_table(names: Sequence[Cell], differences: dict[str, list[str]]) -> Table:
     columns = [_value_cells(values) for values in differences.values()]
     rows = tuple((name, *(column[place] for column in columns)) for place, name in enumerate(names))
-    table = Table("config", "Config differences", ("run", *differences), rows if differences else ())
-    return transposed(table, "key") if rows and differences and len(names) <= FEW_RUNS else table
+    return _turned(Table("config", "Config differences", ("run", *differences), rows if differences else ()), "key")
 
 
 def _value_tables(
@@ -327,8 +326,7 @@ def _value_table(names: Sequence[Cell], found: dict[str, list[Summary]], field: 
         if field != "best" or direction_of(metric) is not None
     }
     rows = tuple((name, *(column[place] for column in columns.values())) for place, name in enumerate(names))
-    table = Table(field, title, ("run", *columns), rows if columns else ())
-    return transposed(table, "metric") if table.rows and len(names) <= FEW_RUNS else table
+    return _turned(Table(field, title, ("run", *columns), rows if columns else ()), "metric")
 
 
 def _evaluation_table(runs: Sequence[ComparedRun], names: Sequence[Cell]) -> Table:

@@ -146,8 +146,7 @@ class ServedReader(DecoderReader):
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
-        max_rows: int | None = None,
-        max_shared: int | None = None,
+        **_: Any,
     ) -> list[Answer]:
         """See `DecoderReader`. Ids of tokens that the server does not name are -1. Raises the server's errors."""
         texts, ends = self._ends(stop, stop_ids)
@@ -162,13 +161,7 @@ class ServedReader(DecoderReader):
             for reply, rows, limit in zip(replies, prompts, limits, strict=True)
         ]
 
-    def nll_rows(
-        self,
-        prompts: Sequence[Rows],
-        answers: Sequence[TokenIds],
-        max_rows: int | None = None,
-        max_shared: int | None = None,
-    ) -> list[Nll]:
+    def nll_rows(self, prompts: Sequence[Rows], answers: Sequence[TokenIds], *_: Any, **__: Any) -> list[Nll]:
         """See `DecoderReader`. Only if there is an `nll_method`, and for prompts without vectors."""
         assert self.nll_method is not None, "the runner asks for no NLL that the server does not give"
         asked = [idx for idx, answer in enumerate(answers) if len(answer)]

@@ -34,7 +34,7 @@ class Prediction:
     """One line of `predictions.jsonl`. Files of other programs need `id`, `task`, `prediction` and `references` only.
 
     id: id of the question, unique within task and system. Several sampled answers to it differ in `seed`.
-    task: name of a task, or "qa", "summary", "translation" for data of one's own.
+    task: name of a task, or "qa", "summary", "translation" for a user's own data.
     prediction: the answer.
     references: all accepted answers.
     cluster: samples of one cluster are not independent. Its default is the id.

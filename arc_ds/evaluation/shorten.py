@@ -60,7 +60,7 @@ def shorten(prompt: EvalPrompt, system: System, max_rows: int, part: Part) -> tu
 
 
 def _part(text: str, num_characters: int, part: Part) -> str:
-    """At most so many characters of a text, without words that are cut in two."""
+    """A part of a text of at most this many characters, without words that are cut in two."""
     start = {"head": 0, "tail": len(text) - num_characters, "middle": (len(text) - num_characters) // 2}[part]
     end = start + num_characters
     if _cuts_word(text, start):

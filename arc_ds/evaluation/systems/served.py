@@ -1,7 +1,7 @@
 """Decoders that a server runs: vLLM, `arc-ds serve`, or another server of OpenAI's Completions API.
 
 The server gets token ids, or prompt embeddings if a prompt has vectors, so it reads exactly what a decoder here reads.
-Its answers are cut at the stop texts here, too.
+The reader also cuts the answers at the stop texts.
 """
 
 from __future__ import annotations
@@ -356,11 +356,11 @@ def in_order_of_end(
     size_of: Callable[[int], int],
     answer: Callable[[int], T],
 ) -> Generator[tuple[int, T], None, None]:
-    """The answers to batches, each with the batch's number, as soon as they are there.
+    """Yield the answer to each batch, with the batch's number, as soon as it is complete.
 
-    Batches of a system here come one after another. Those of a served one run in threads, so that the server always has
-    work. If the caller stops, or an answer raises an error, the requests that run are ended. The kept work of a system
-    is dropped before the next one begins.
+    A local system answers one batch after another. Batches of a served system run in threads, so that the server always
+    has work. If the caller stops, or an answer raises an error, the running requests end. Before the next system
+    begins, the last one forgets its kept work.
 
     numbers: of the batches.
     system_of: system of a batch.
@@ -383,7 +383,7 @@ def in_order_of_end(
 def _ahead(
     numbers: Sequence[int], server: CompletionsServer, size_of: Callable[[int], int], answer: Callable[[int], T]
 ) -> Generator[tuple[int, T], None, None]:
-    """Batches in threads: as many as have twice the prompts that may be in flight, since some are almost answered."""
+    """Batches in threads. They have twice as many prompts as may be in flight, since some are almost answered."""
     waiting, running = list(reversed(numbers)), dict[Future[T], int]()
     pool = ThreadPoolExecutor(max_workers=2 * server.in_flight, thread_name_prefix="batch")
     try:

@@ -1,4 +1,4 @@
-"""Result files: what is read, written and refused."""
+"""Result files: reading, writing, and errors."""
 
 from __future__ import annotations
 

@@ -6,11 +6,12 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
 
 from arc_ds.commands.eval.result_arguments import SEEDS_NOTE, add_results, json_number, read_arguments
 from arc_ds.comparison.find import find_store
 from arc_ds.evaluation.metrics import signature
-from arc_ds.evaluation.scoring import SystemScores, is_bleu_lowercase, score_system
+from arc_ds.evaluation.scoring import Score, SystemScores, is_bleu_lowercase, score_system
 from arc_ds.evaluation.tables import metric_table
 from arc_ds.pages.tables import to_text
 from arc_ds.system.user_paths import user_path
@@ -47,27 +48,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Run the subcommand; return its exit code."""
     systems = read_arguments(namespace)
+    store = None if namespace.log is None else find_store(namespace.tracking_uri)
     scores = [score_system(system) for system in systems]
     for each in scores:
         _warn(each)
-    if namespace.log is not None:
-        from arc_ds.evaluation.log import log_scores  # imports torch
-
-        for name, run_id in log_scores(scores, find_store(namespace.tracking_uri).uri, namespace.log).items():
-            print(f"{name}: logged in the MLflow run {run_id}", file=sys.stderr)
     if namespace.json:
         found = {each.name: _json(each) for each in scores}
         print(json.dumps(next(iter(found.values())) if len(found) == 1 else found, indent=2, ensure_ascii=False))
-        return 0
+    else:
+        _print(scores)
+    if store is not None:
+        from arc_ds.evaluation.log import log_scores  # imports torch
+
+        for name, run_id in log_scores(scores, store.uri, namespace.log).items():
+            print(f"{name}: logged in the MLflow run {run_id}", file=sys.stderr)
+    return 0
+
+
+def _print(scores: Sequence[SystemScores]) -> None:
     print(to_text(metric_table(scores)))
     metrics = dict.fromkeys(metric for each in scores for task in each.by_task.values() for metric in task)
     print()
     for metric in metrics:
-        signatures = dict.fromkeys(signature(metric, bleu_lowercase=is_bleu_lowercase(each)) for each in systems)
+        lowercase = (is_bleu_lowercase(each.results) for each in scores)
+        signatures = dict.fromkeys(signature(metric, bleu_lowercase=each) for each in lowercase)
         print(f"{metric}: {'; '.join(signatures)}")
-    if any(len(each.seeds) > 1 for each in systems):
+    if any(len(each.results.seeds) > 1 for each in scores):
         print(SEEDS_NOTE)
-    return 0
 
 
 def _warn(scores: SystemScores) -> None:
@@ -92,15 +99,7 @@ def _warn(scores: SystemScores) -> None:
 
 
 def _json(scores: SystemScores) -> dict[str, dict[str, dict[str, float | None]]]:
-    return {
-        task: {
-            metric: {
-                "value": json_number(score.value),
-                "low": json_number(score.low),
-                "high": json_number(score.high),
-                "n": score.n,
-            }
-            for metric, score in metrics.items()
-        }
-        for task, metrics in scores.by_task.items()
-    }
+    def record(score: Score) -> dict[str, float | None]:
+        return {name: json_number(getattr(score, name)) for name in ("value", "low", "high", "n")}
+
+    return {task: {metric: record(score) for metric, score in of.items()} for task, of in scores.by_task.items()}

@@ -19,6 +19,7 @@ def metric_table(systems: Sequence[SystemScores]) -> Table:
     """All metrics of all systems and tasks, and the averages of headlines."""
     rows = []
     for group, system in enumerate(systems):
+        num_seeds = len(system.results.seeds)
         for task, metric, score in _with_average(system.by_task, system.average):
             digits = digits_of(metric) + 1
             values = (score.value, score.low, score.high, score.stderr, score.seed_sd)
@@ -27,7 +28,19 @@ def metric_table(systems: Sequence[SystemScores]) -> Table:
                 *map(count_cell, (score.n, score.num_clusters)),
             )
             rows.append((text_cell(system.name, group=group), text_cell(task), text_cell(metric), *numbers))
-    columns = ("system", "task", "metric", "score", "low", "high", "std. error", "sd of seeds", "n", "clusters")
+    columns = (
+        "system",
+        "task",
+        "metric",
+        "score",
+        "low",
+        "high",
+        "std. error",
+        "sd of seeds",
+        "n",
+        "clusters",
+        "seeds",
+    )
     caption = (
         "Points of 100; nll in nats per token of the first reference, where lower is better. low, high: 95% interval."
     )

@@ -210,7 +210,7 @@ def difference_table(report: Report) -> Table:
         if comparison.average is not None:
             cells = difference_cells(comparison.average, digits_of(report.headline(report.tasks[0])) + 1)
             rows.append((system, text_cell(AVERAGE), *cells, EMPTY, EMPTY, EMPTY))
-    columns = (*("system", "task", report.baseline, *DIFFERENCE_COLUMNS, "better", "worse", "equal"),)
+    columns = ("system", "task", report.baseline, *DIFFERENCE_COLUMNS, "better", "worse", "equal")
     caption = (
         f"System minus {report.baseline} on the same questions, in {unit_of(report.headline(report.tasks[0]))}, with "
         "95% intervals. p (Holm) is adjusted for the number of tasks, for each system by itself. “Detectable” is the "

@@ -23,11 +23,9 @@ def metric_table(systems: Sequence[SystemScores]) -> Table:
         for task, metric, score in _with_average(system.by_task, system.average):
             digits = digits_of(metric) + 1
             values = (score.value, score.low, score.high, score.stderr, score.seed_sd)
-            numbers = (
-                *(plain_cell(value, digits) for value in values),
-                *map(count_cell, (score.n, score.num_clusters)),
-            )
-            rows.append((text_cell(system.name, group=group), text_cell(task), text_cell(metric), *numbers))
+            numbers = (plain_cell(value, digits) for value in values)
+            counts = map(count_cell, (score.n, score.num_clusters, num_seeds))
+            rows.append((text_cell(system.name, group=group), text_cell(task), text_cell(metric), *numbers, *counts))
     columns = (
         "system",
         "task",

@@ -26,23 +26,11 @@ def metric_table(systems: Sequence[SystemScores]) -> Table:
             numbers = (plain_cell(value, digits) for value in values)
             counts = map(count_cell, (score.n, score.num_clusters, num_seeds))
             rows.append((text_cell(system.name, group=group), text_cell(task), text_cell(metric), *numbers, *counts))
-    columns = (
-        "system",
-        "task",
-        "metric",
-        "score",
-        "low",
-        "high",
-        "std. error",
-        "sd of seeds",
-        "n",
-        "clusters",
-        "seeds",
-    )
+    names = ("score", "low", "high", "std. error", "sd of seeds", "n", "clusters", "seeds")
     caption = (
         "Points of 100; nll in nats per token of the first reference, where lower is better. low, high: 95% interval."
     )
-    return Table("metrics", "All metrics", columns, tuple(rows), caption)
+    return Table("metrics", "All metrics", ("system", "task", "metric", *names), tuple(rows), caption)
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:

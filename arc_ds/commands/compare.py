@@ -16,9 +16,8 @@ from arc_ds.comparison.find import find_inputs, find_store
 from arc_ds.comparison.mlflow_runs import Store, find_run, log_files, open_store
 from arc_ds.comparison.panels import AXES
 from arc_ds.comparison.report import FEW_RUNS, Comparison, Options, compare_runs, to_json
-from arc_ds.comparison.tables import to_text
 from arc_ds.errors import ConfigError
-from arc_ds.pages.tables import Table
+from arc_ds.pages.tables import Table, to_text
 from arc_ds.system.user_paths import path_argument, user_path
 from arc_ds.tracking.registration import find_mlflow_run
 
@@ -92,11 +91,11 @@ def run(args: argparse.Namespace) -> int:
     if not inputs.runs:
         if args.out is not None or args.log_to is not None or args.json:
             raise ConfigError("only result folders were given. Use arc-ds eval report for their page, or add runs.")
-        print(*map(_text, extra), sep="\n\n")
+        print(*map(to_text, extra), sep="\n\n")
         return 0
     options = Options(best=args.best, at_step=args.at, metrics=tuple(args.metrics), axis=args.x, is_log=args.log)
     comparison = compare_runs(inputs.runs, options)
-    print(json.dumps(to_json(comparison), indent=2) if args.json else _summary(comparison, extra))
+    print(json.dumps(to_json(comparison, extra), indent=2) if args.json else _summary(comparison, extra))
     if args.out is None and target is None:
         return 0
     # With --json, standard output holds the JSON alone.
@@ -126,12 +125,8 @@ def _summary(comparison: Comparison, extra: list[Table]) -> str:
     tables = [comparison.tables[name] for name in shown if name in comparison.tables]
     notes = [f"note: {note}" for note in comparison.notes]
     equal = [] if "config" in comparison.tables else ["The configs of the runs are equal."]
-    texts = [_text(table, _ROWS if len(comparison.runs) > FEW_RUNS else _ROWS_FOR_FEW) for table in (*tables, *extra)]
+    texts = [to_text(table, _ROWS if len(comparison.runs) > FEW_RUNS else _ROWS_FOR_FEW) for table in (*tables, *extra)]
     return "\n\n".join([" ".join(comparison.verdict), *texts, *equal, *(["\n".join(notes)] if notes else [])])
-
-
-def _text(table: Table, max_rows: int = _ROWS) -> str:
-    return "\n".join(filter(None, (to_text(table, max_rows), table.caption and f"  {table.caption}")))
 
 
 def _write(comparison: Comparison, folder: Path, args: argparse.Namespace, extra: list[Table]) -> list[Path]:

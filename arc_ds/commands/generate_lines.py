@@ -115,7 +115,7 @@ class Prompts:
             max_documents=_UNLIMITED,
             max_passages=num_passages,
             max_question=_UNLIMITED,
-            bos=self.model.decoder_bos[self.decoder],
+            bos=self.model.readers[self.decoder].bos,
             markers=frozenset(() if self.marker is None else (self.marker,)),
         )
         return ExampleSpec("generate", 0, encoder, reader, limits, self.layout)

@@ -69,7 +69,7 @@ def add_chat_template(parser: argparse.ArgumentParser, *, unknown: str) -> None:
 
 def chosen_template(args: argparse.Namespace, model: ArcModel) -> LayoutName | None:
     """The chat template of `--chat-template`; None if it is "auto" and the one of training is unknown."""
-    return model.decoder_chat_templates[args.decoder_idx] if args.chat_template == "auto" else args.chat_template
+    return model.readers[args.decoder_idx].chat_template if args.chat_template == "auto" else args.chat_template
 
 
 def chosen_marker(chosen: str | None, model: ArcModel) -> Marker | None:

@@ -55,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve the store until Ctrl-C; return 0. Raises ConfigError if there is none, or the port is taken."""
+    """Serve the store until Ctrl-C; return 0. Raises ConfigError if there is none, or if the port is in use."""
     require("mlflow")
     database = find_database(args.folder)
     port = _free_port(args.host, args.port, args.folder or database.parent)
@@ -143,7 +143,7 @@ def _remedy(folder: Path) -> str:
 
 
 def _free_port(host: str, port: int, folder: Path) -> int:
-    """The port to listen on. Raises ConfigError if it is taken, or the address is not of this machine."""
+    """The port to listen on. Raises ConfigError if it is in use, or if the address is not of this machine."""
     if not 0 <= port < 2**16:
         raise ConfigError(f"--port {port} is no port. Give a number below 65536, or 0 for a free one.")
     try:
@@ -167,7 +167,7 @@ def _bind(host: str, port: int) -> int:
 
 
 def _await(server: subprocess.Popen[bytes], url: str, database: Path) -> None:
-    """Wait until the server answers. Raises ConfigError if it ends before."""
+    """Wait until the server answers. Raises ConfigError if it ends first."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:

@@ -119,8 +119,9 @@ def _run_of_id(store: Store, run_id: str) -> Run:
 
 def _run_of_name(store: Store, name: str) -> Run:
     experiments = [each.experiment_id for each in paged(store.client.search_experiments)]
-    quoted = name.replace("'", "\\'")
-    found = _search(store, experiments, f"attributes.run_name = '{quoted}'")
+    quote = '"' if "'" in name else "'"  # MLflow's filters have no escapes
+    wanted = "" if quote in name else f"attributes.run_name = {quote}{name}{quote}"
+    found = [run for run in _search(store, experiments, wanted) if run.info.run_name == name]
     if not found:
         names = [run.info.run_name for run in _search(store, experiments)]
         raise DataError(

@@ -307,8 +307,7 @@ def _turned(table: Table, corner: str) -> Table:
 def _config_table(names: Sequence[Cell], differences: dict[str, list[str]]) -> Table:
     columns = [_value_cells(values) for values in differences.values()]
     rows = tuple((name, *(column[place] for column in columns)) for place, name in enumerate(names))
-    table = Table("config", "Config differences", ("run", *differences), rows if differences else ())
-    return transposed(table, "key") if rows and differences and len(names) <= FEW_RUNS else table
+    return _turned(Table("config", "Config differences", ("run", *differences), rows if differences else ()), "key")
 
 
 def _value_tables(
@@ -327,8 +326,7 @@ def _value_table(names: Sequence[Cell], found: dict[str, list[Summary]], field: 
         if field != "best" or direction_of(metric) is not None
     }
     rows = tuple((name, *(column[place] for column in columns.values())) for place, name in enumerate(names))
-    table = Table(field, title, ("run", *columns), rows if columns else ())
-    return transposed(table, "metric") if table.rows and len(names) <= FEW_RUNS else table
+    return _turned(Table(field, title, ("run", *columns), rows if columns else ()), "metric")
 
 
 def _evaluation_table(runs: Sequence[ComparedRun], names: Sequence[Cell]) -> Table:
@@ -385,8 +383,11 @@ def _notes(
     return notes
 
 
-def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as JSON: differences, and last, best and at-step values of every shown metric of each run."""
+def to_json(comparison: Comparison, extra: Sequence[Table] = ()) -> dict[str, Any]:
+    """The comparison as JSON: differences, and last, best and at-step values of every shown metric of each run.
+
+    extra: further tables, each a list of objects under its name.
+    """
     metric, direction = comparison.best
     differences = config_differences(comparison.runs)
     group_of = {member: group.label for group in comparison.groups for member in group.members}
@@ -418,4 +419,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             }
             for place, run in enumerate(comparison.runs)
         ],
+        **{
+            table.name: [dict(zip(table.columns, (cell.value for cell in row), strict=True)) for row in table.rows]
+            for table in extra
+        },
     }

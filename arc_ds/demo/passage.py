@@ -55,7 +55,7 @@ def score_passage(model: ArcModel, passage: str, other: str) -> PassageNll:
     encoder, decoder = model.encoder_tokenizer, model.decoder_tokenizers[0]
     assert encoder is not None and decoder is not None, "an export carries its tokenizer"
     ids = decoder.encode(passage)
-    begin = [Segment.text([decoder.bos_id])] if model.decoder_bos[0] and decoder.bos_id is not None else []
+    begin = [Segment.text([decoder.bos_id])] if model.readers[0].bos and decoder.bos_id is not None else []
     given = {
         "nothing": [],
         "another's vectors": [Segment.context(encoder.encode(other), "rec")],

@@ -20,6 +20,7 @@ from arc_ds.errors import DataError
 from arc_ds.evaluation.metrics import bounds_of, is_mean
 from arc_ds.evaluation.results import ResultFile, SystemResults
 from arc_ds.evaluation.scoring import (
+    SystemScores,
     TaskStats,
     by_task,
     check_same_questions,
@@ -27,9 +28,8 @@ from arc_ds.evaluation.scoring import (
     influence,
     is_bleu_lowercase,
     mean_of_groups,
-    score_draws,
+    score_system,
     seed_scores,
-    system_stats,
     with_clusters,
 )
 from arc_ds.evaluation.statistics import (
@@ -111,41 +111,28 @@ def compare_systems(first: SystemResults, *others: SystemResults, num_draws: int
         check_comparable(first, other)
     systems = with_clusters(first, *others)
     lowercase = is_bleu_lowercase(*systems)
-    ours, *all_theirs = (system_stats(each, bleu_lowercase=lowercase) for each in systems)
-    draws = [{task: score_draws(each, num_draws) for task, each in stats.items()} for stats in (ours, *all_theirs)]
-    return [
-        compare_stats(first.name, other.name, ours, theirs, draws[0], their_draws)
-        for other, theirs, their_draws in zip(others, all_theirs, draws[1:], strict=True)
-    ]
+    ours, *all_theirs = (score_system(each, num_draws, bleu_lowercase=lowercase) for each in systems)
+    return [compare_scores(ours, theirs) for theirs in all_theirs]
 
 
-def compare_stats(
-    first: str,
-    second: str,
-    ours: Mapping[str, TaskStats],
-    theirs: Mapping[str, TaskStats],
-    our_draws: Mapping[str, Mapping[Metric, NDArray[np.float64]]],
-    their_draws: Mapping[str, Mapping[Metric, NDArray[np.float64]]],
-) -> Comparison:
-    """Compare two systems in the tasks that both have.
-
-    first, second: their names.
-    ours, theirs: statistics by task, of the same questions and clusters in the same order.
-    our_draws, their_draws: `score_draws` by task.
-    """
+def compare_scores(ours: SystemScores, theirs: SystemScores) -> Comparison:
+    """Compare two systems in the tasks that both have, on the same questions and clusters in the same order."""
     found: dict[str, dict[Metric, Difference]] = {}
     pairs: list[_Pair] = []
-    for task in (task for task in ours if task in theirs):
-        draws = {m: their_draws[task][m] - our_draws[task][m] for m in our_draws[task] if m in their_draws[task]}
-        found[task] = {metric: _difference(ours[task], theirs[task], metric, each) for metric, each in draws.items()}
-        pairs.append(_Pair(ours[task], theirs[task], draws[ours[task].headline]))
+    for task, stats in ours.stats.items():
+        if task not in theirs.stats:
+            continue
+        first, second = ours.draws[task], theirs.draws[task]
+        draws = {metric: second[metric] - first[metric] for metric in first if metric in second}
+        found[task] = {metric: _difference(stats, theirs.stats[task], metric, each) for metric, each in draws.items()}
+        pairs.append(_Pair(stats, theirs.stats[task], draws[stats.headline]))
     headlines = [next(iter(metrics.values())) for metrics in found.values()]
     adjusted = dict(zip(found, holm([each.p or 0.0 for each in headlines]), strict=True))
     for task, p_holm in adjusted.items():
-        metric = ours[task].headline
+        metric = ours.stats[task].headline
         found[task][metric] = replace(found[task][metric], p_holm=p_holm)
     average = _average(pairs) if len(found) > 1 else None
-    return Comparison(first=first, second=second, by_task=found, average=average)
+    return Comparison(first=ours.name, second=theirs.name, by_task=found, average=average)
 
 
 def check_comparable(first: SystemResults, second: SystemResults) -> None:

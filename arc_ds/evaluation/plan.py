@@ -19,7 +19,8 @@ from arc_ds.evaluation.datasets import find_task
 from arc_ds.evaluation.prompts import make_prompts
 from arc_ds.evaluation.protocol import Protocol
 from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
-from arc_ds.evaluation.shorten import Part, shorten, with_document
+from arc_ds.evaluation.shorten import shorten, with_document
+from arc_ds.evaluation.systems.budget import Part
 from arc_ds.evaluation.systems.system import KeepsWork, System
 from arc_ds.evaluation.task import EvalTask
 from arc_ds.system import dist

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ class Prediction:
     """One line of `predictions.jsonl`. Files of other programs need `id`, `task`, `prediction` and `references` only.
 
     id: id of the question, unique within task and system. Several sampled answers to it differ in `seed`.
-    task: name of a task, or "qa", "summary", "translation" for data of one's own.
+    task: name of a task, or "qa", "summary", "translation" for a user's own data.
     prediction: the answer.
     references: all accepted answers.
     cluster: samples of one cluster are not independent. Its default is the id.
@@ -95,6 +96,32 @@ class ResultFile:
         """The protocol's fields; empty if they are unknown."""
         return self.run.get("protocol") or {}
 
+    @property
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """Numbers of samples that were not asked, by reason and task."""
+        reasons = self.run.get("skipped")
+        return {reason: self._numbers(of) for reason, of in reasons.items()} if isinstance(reasons, dict) else {}
+
+    @property
+    def shortened(self) -> dict[str, int]:
+        """Numbers of samples with a shortened document, by task."""
+        return self._numbers(self.run.get("shortened"))
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """The description of the system; empty if it is unknown."""
+        return self._own(self.run.get("systems"))
+
+    def _numbers(self, systems: Any) -> dict[str, int]:
+        """The numbers of this system by task, which `run.json` states as numbers or as lists of ids."""
+        counts = {task: len(each) if isinstance(each, list) else each for task, each in self._own(systems).items()}
+        return {task: each for task, each in counts.items() if isinstance(each, int)}
+
+    def _own(self, systems: Any) -> Mapping[str, Any]:
+        """The entry of this system in a part of `run.json`, which may be of another program."""
+        own = systems.get(self.system) if isinstance(systems, dict) else None
+        return own if isinstance(own, dict) else {}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemResults:
@@ -106,6 +133,11 @@ class SystemResults:
 
     name: str
     seeds: tuple[ResultFile, ...]
+
+    @property
+    def predictions(self) -> list[Prediction]:
+        """The answers of all training seeds."""
+        return [each for file in self.seeds for each in file.predictions]
 
 
 def read_systems(arguments: Sequence[str]) -> list[SystemResults]:
@@ -119,7 +151,7 @@ def read_systems(arguments: Sequence[str]) -> list[SystemResults]:
     """
     found: list[tuple[ResultFile, ...]] = []
     for argument in arguments:
-        paths = [argument] if Path(argument).exists() else argument.split(",")
+        paths = [argument] if os.path.exists(argument) else argument.split(",")  # False, no error, for a long list
         if len({Path(path).resolve() for path in paths if path}) < len(paths):
             raise DataError(
                 f"{argument} names a file twice, or none between two commas; expected one file for each training seed. "

@@ -320,7 +320,7 @@ class Progress:
 
     def __init__(self, num_before: int, batches: Sequence[Batch]) -> None:
         if num_before:
-            logger.info("%d batches are there already", num_before)
+            logger.info("an earlier start has finished %d batches", num_before)
         self._sums: dict[tuple[str, str], np.ndarray] = {}
         self._said = time.monotonic()
         self._bar = tqdm(

@@ -1,7 +1,7 @@
 """Scores of result files with intervals.
 
-`task_stats` turns answers into statistics (`metrics.py`), `draw_sums` sums them over drawn clusters (`statistics.py`),
-and `score_systems` makes scores of both. The score of a task with groups, such as directions of translation, is the
+`task_stats` turns answers into statistics (`metrics.py`), `score_draws` sums them over drawn clusters, and
+`score_system` makes scores of both. The score of a task with groups, such as directions of translation, is the
 mean of its groups' scores: all groups see the same drawn clusters. With several training seeds it is the mean over
 seeds. Sampled answers to one question differ in the field `seed` of their lines; their statistics are averaged first.
 
@@ -91,39 +91,53 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemScores:
-    """All scores of one system.
+    """All scores of one system. Mappings are by task.
 
-    name: name of the system.
-    by_task: scores by task and metric; the first metric of a task is its headline.
+    results: its result files.
+    stats: the statistics of its answers.
+    draws: bootstrap draws [R] of the scores, by metric.
+    by_task: scores by metric; the first metric of a task is its headline.
     average: mean of the tasks' headline scores, by drawing within tasks; None for one task.
-    stats: the statistics of its answers, by task.
     """
 
-    name: str
+    results: SystemResults
+    stats: Mapping[str, TaskStats]
+    draws: Mapping[str, Mapping[Metric, NDArray[np.float64]]]
     by_task: Mapping[str, Mapping[Metric, Score]]
     average: Score | None
-    stats: Mapping[str, TaskStats]
+
+    @property
+    def name(self) -> str:
+        """Its name, unique among the systems that were read together."""
+        return self.results.name
 
 
-def score_system(system: SystemResults, num_draws: int = NUM_DRAWS) -> SystemScores:
-    """Score all answers of a system. Raises DataError if its training seeds answer different questions."""
-    tasks = system_stats(system)
-    scores: dict[str, dict[Metric, Score]] = {}
-    headlines = []
-    for task, stats in tasks.items():
-        draws = score_draws(stats, num_draws)
-        scores[task] = {metric: score_of_task(stats, metric, draws[metric]) for metric in stats.by_metric}
-        headlines.append((stats, draws[stats.headline]))
+def score_system(
+    system: SystemResults, num_draws: int = NUM_DRAWS, *, bleu_lowercase: bool | None = None
+) -> SystemScores:
+    """Score all answers of a system. The arguments and errors are those of `system_stats`."""
+    return score_stats(system, system_stats(system, bleu_lowercase=bleu_lowercase), num_draws)
+
+
+def score_stats(system: SystemResults, stats: Mapping[str, TaskStats], num_draws: int = NUM_DRAWS) -> SystemScores:
+    """The scores of a system's statistics, in the order of their tasks."""
+    draws = {task: score_draws(each, num_draws) for task, each in stats.items()}
     return SystemScores(
-        name=system.name,
-        by_task=scores,
-        average=average_of(headlines) if len(tasks) > 1 else None,
-        stats=tasks,
+        results=system,
+        stats=stats,
+        draws=draws,
+        by_task={
+            task: {metric: _score_of_task(each, metric, draws[task][metric]) for metric in each.by_metric}
+            for task, each in stats.items()
+        },
+        average=_average([(each, draws[task][each.headline]) for task, each in stats.items()]),
     )
 
 
-def average_of(tasks: Sequence[tuple[TaskStats, NDArray[np.float64]]]) -> Score:
-    """The mean of the headline scores of several tasks, each with its draws [R]."""
+def _average(tasks: Sequence[tuple[TaskStats, NDArray[np.float64]]]) -> Score | None:
+    """The mean of the headline scores of several tasks, each with its draws [R]; None for one task."""
+    if len(tasks) < 2:
+        return None
     seeds_S = np.mean([seed_scores(stats, stats.headline) for stats, _ in tasks], axis=0)
     low, high = np.mean([bounds_of(stats.headline) for stats, _ in tasks], axis=0)
     found = uncertainty(
@@ -183,16 +197,15 @@ def with_clusters(*systems: SystemResults) -> list[SystemResults]:
     """
     files = [file for system in systems for file in system.seeds]
     known: dict[tuple[str, str], tuple[str, str]] = {}
-    if len(files) > 1:
-        for path, each in ((file.path, each) for file in files for each in file.predictions):
-            cluster, group = known.get((each.task, each.id), ("", ""))
-            found = cluster or each.cluster, group or each.group
-            if found != (each.cluster or cluster, each.group or group):
-                raise DataError(
-                    f"{path}: id {each.id!r} of task {each.task!r} has cluster {each.cluster!r} and group "
-                    f"{each.group!r}; another result has {cluster!r} and {group!r}. Evaluate all on the same data."
-                )
-            known[each.task, each.id] = found
+    for path, each in ((file.path, each) for file in files for each in file.predictions):
+        cluster, group = known.get((each.task, each.id), ("", ""))
+        found = cluster or each.cluster, group or each.group
+        if found != (each.cluster or cluster, each.group or group):
+            raise DataError(
+                f"{path}: id {each.id!r} of task {each.task!r} has cluster {each.cluster!r} and group {each.group!r}; "
+                f"another answer to it has {cluster!r} and {group!r}. Evaluate all on the same data."
+            )
+        known[each.task, each.id] = found
 
     def completed(each: Prediction) -> Prediction:
         cluster, group = known.get((each.task, each.id), ("", ""))
@@ -384,7 +397,7 @@ def influence(stats: TaskStats, metric: Metric) -> NDArray[np.float64]:
     return deviations_NS.mean(axis=1) / stats.num_groups
 
 
-def score_of_task(stats: TaskStats, metric: Metric, draws_R: NDArray[np.float64]) -> Score:
+def _score_of_task(stats: TaskStats, metric: Metric, draws_R: NDArray[np.float64]) -> Score:
     """The score of one metric, with the interval of its draws."""
     seeds_S = seed_scores(stats, metric)
     value = float(seeds_S.mean())

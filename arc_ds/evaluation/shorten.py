@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from arc_ds.evaluation.sample import Document, EvalPrompt
+from arc_ds.evaluation.systems.budget import Part
 from arc_ds.evaluation.systems.system import System
-
-Part = Literal["head", "tail", "middle"]
 
 _TRIES = 16
 _CLOSE_ENOUGH = 0.98  # of the window
@@ -64,7 +62,7 @@ def with_document(prompt: EvalPrompt, text: str) -> EvalPrompt:
 
 
 def _part(text: str, num_characters: int, part: Part) -> str:
-    """At most so many characters of a text, without words that are cut in two."""
+    """A part of a text of at most this many characters, without words that are cut in two."""
     start = {"head": 0, "tail": len(text) - num_characters, "middle": (len(text) - num_characters) // 2}[part]
     end = start + num_characters
     if _cuts_word(text, start):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NUM_DRAWS = 10_000
 _MIN_SEEDS = 3  # fewer training seeds say too little about their own spread
-_MAX_BINS = 1 << 15  # clusters are joined into at most so many
+_MAX_BINS = 1 << 15  # more clusters than this share bins
 _ROWS = 32  # draws at a time: their counts fit into the cache
 _MAX_EXACT_CLUSTERS = 13  # all signs of 13 clusters are fewer than NUM_DRAWS
 _MIN_PERCENTILE_CLUSTERS = 10

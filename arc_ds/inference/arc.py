@@ -20,7 +20,6 @@ from torch import Tensor
 
 from arc_ds.batch.packing import num_outputs, pack
 from arc_ds.batch.segments import Marker, Sample, Segment, TokenIds
-from arc_ds.data.tasks.chat import LayoutName
 from arc_ds.errors import ConfigError, DataError, TokenizerError
 from arc_ds.inference.generate import Sampling, whole_number
 from arc_ds.inference.load import (
@@ -31,7 +30,7 @@ from arc_ds.inference.load import (
     open_arc_folder,
     open_trained_decoders,
 )
-from arc_ds.inference.prompt import Context, Parts, Prompt, Vectors
+from arc_ds.inference.prompt import Context, Parts, Prompt, Vectors, with_vectors
 from arc_ds.inference.reader import (
     Answer,
     DecoderReader,
@@ -106,24 +105,9 @@ class ArcModel:
         return [reader.tokenizer for reader in self.readers]
 
     @property
-    def decoder_bos(self) -> list[bool]:
-        """For each decoder, whether text prompts begin with its begin-of-text token."""
-        return [reader.bos for reader in self.readers]
-
-    @property
-    def decoder_chat_templates(self) -> list[LayoutName | None]:
-        """For each decoder, the layout of its chats in training."""
-        return [reader.chat_template for reader in self.readers]
-
-    @property
     def decoder_stop_ids(self) -> list[tuple[int, ...]]:
         """For each decoder, the ids that end a continuation of `generate`."""
         return [reader.stop_ids or () for reader in self.readers]
-
-    @property
-    def decoder_max_positions(self) -> list[int | None]:
-        """For each decoder, the longest sequence that its files state."""
-        return [reader.max_positions for reader in self.readers]
 
     @property
     def decoder_parts(self) -> DecoderParts:
@@ -263,8 +247,6 @@ class ArcModel:
         self,
         prompts: Sequence[Prompt | Parts],
         decoder: int = 0,
-        *,
-        vectors: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """The decoder's input rows of each prompt, for other engines that run the decoder: a list of [rows, D_decoder].
 
@@ -273,7 +255,6 @@ class ArcModel:
         `attention_mask`; `arc_ds.serving.engines` writes requests for vLLM and SGLang.
 
         prompts: as for `generate`.
-        vectors: see `generate_ids`.
 
         Raises the errors of `generate` on prompts, and ConfigError if the decoder has adapters.
         """
@@ -282,7 +263,7 @@ class ArcModel:
         check_runs_elsewhere(self.spec, decoder)
         if not prompts:
             return []
-        rows = self._rows(self._all_parts(prompts, decoder), decoder, vectors)
+        rows = self._rows(self._all_parts(prompts, decoder), decoder)
         batch, z_ZD = pack_rows(rows, reader.device, reader.dtype)
         return list(reader.decoder.embed(batch, z_ZD).split(batch.decoder_cu_seqlens.diff().tolist()))
 
@@ -353,51 +334,35 @@ class ArcModel:
         max_new_tokens: int | Sequence[int] = 64,
         stop_ids: Sequence[int] = (),
         sampling: Sampling | None = None,
-        vectors: Sequence[Tensor] | None = None,
         has_ended: Callable[[int, list[int]], bool] | None = None,
-        max_rows: int | None = None,
     ) -> list[list[int]]:
         """`generate` on token ids: no tokenizer, no begin-of-text token, and no stops but `stop_ids` and `has_ended`.
 
         stop_ids: `decoder_stop_ids[decoder]` are those of `generate`.
-        vectors: what `compress` gave for each context of the prompts, in reading order, [m, D_decoder] each. None
-            compresses the contexts now.
         has_ended: called after every step with (index of a prompt, its new tokens) if it had not ended before the step;
             True ends it.
         """
         checked = _checked_sequences("prompts", prompts)
         reader = self._whole_reader(decoder)
         lines = reader.continue_rows(
-            self._rows(checked, decoder, vectors),
+            self._rows(checked, decoder),
             max_new_tokens=max_new_tokens,
             stop_ids=reader.checked_stop_ids(stop_ids),
             sampling=sampling,
             has_ended=has_ended,
-            max_rows=max_rows,
         )
         return [line.ids for line in lines]
 
-    def _rows(
-        self, prompts: Sequence[Parts], decoder: int, given: Sequence[Tensor] | None = None
-    ) -> list[list[TokenIds | Tensor]]:
-        """Prompts as the decoder reads them. Equal contexts are compressed once.
-
-        given: the vectors of each context; None: compress them.
-        """
+    def _rows(self, prompts: Sequence[Parts], decoder: int) -> list[list[TokenIds | Tensor]]:
+        """Prompts as the decoder reads them. Equal contexts are compressed once."""
         contexts = [
             part for prompt in prompts for part in prompt if isinstance(part, Segment) and part.kind == "context"
         ]
-        if given is None:
-            different = {_key(segment): segment for segment in contexts}
-            found = dict(zip(different, self._compress(list(different.values()), decoder), strict=True))
-            vectors = iter([found[_key(segment)] for segment in contexts])
-        else:
-            vectors = iter(self._checked_vectors(given, contexts, decoder))
+        different = {_key(segment): segment for segment in contexts}
+        found = dict(zip(different, self._compress(list(different.values()), decoder), strict=True))
+        vectors = iter([found[_key(segment)] for segment in contexts])
         reader = self._reader(decoder)
-        return [
-            reader.rows([Vectors(next(vectors)) if _is_context(part) else part for part in prompt], idx)
-            for idx, prompt in enumerate(prompts)
-        ]
+        return [reader.rows(with_vectors(prompt, vectors), idx) for idx, prompt in enumerate(prompts)]
 
     def _compress(self, segments: Sequence[Segment], decoder: int) -> list[Tensor]:
         """The vectors of context segments, in batches of bounded size."""
@@ -412,19 +377,6 @@ class ArcModel:
             batch = batch.to(self.device)
             found += self.compressor(batch, decoder).split(batch.decoder_cu_seqlens.diff().tolist())
         return found
-
-    def _checked_vectors(self, given: Sequence[Tensor], contexts: Sequence[Segment], decoder: int) -> Sequence[Tensor]:
-        """The given vectors. DataError if they are not those of the contexts."""
-        lengths = num_outputs(np.array([len(segment.ids) for segment in contexts], dtype=np.int64), self.spec.packing)
-        width = self.spec.decoder_sizes[decoder]
-        expected = [[num + (s.marker is not None), width] for num, s in zip(lengths.tolist(), contexts, strict=True)]
-        shapes = [list(z_ZD.shape) for z_ZD in given]
-        if shapes != expected:
-            raise DataError(
-                f"the vectors have shapes {shapes[:8]}; the contexts of the prompts need {expected[:8]}. Pass "
-                "what `compress` gives for each context, for this decoder and with the same markers."
-            )
-        return given
 
     def _reader(self, decoder: int) -> DecoderReader:
         if decoder not in range(len(self.readers)):
@@ -453,15 +405,15 @@ class ArcModel:
             "tokens."
         )
 
-    def segments(self, prompt: Prompt | Sequence[Segment], decoder: int = 0, where: str = "a prompt") -> list[Segment]:
+    def segments(self, prompt: Prompt | Sequence[Segment], decoder: int = 0) -> list[Segment]:
         """The tokens of a prompt, as `generate` reads it: with the begin-of-text token. Segments are returned as given.
 
-        where: the prompt, for errors, which are those of `generate`. A prompt with `Vectors` has no segments.
+        Raises the errors of `generate`, and DataError on a prompt with `Vectors`, which has no segments.
         """
-        parts, _ = self._read(prompt, decoder, where)
+        parts, _ = self._read(prompt, decoder, "a prompt")
         segments = [part for part in parts if isinstance(part, Segment)]
         if len(segments) < len(parts):
-            raise DataError(f"{where} has Vectors, which have no tokens. Give their texts as Context.")
+            raise DataError("a prompt has Vectors, which have no tokens. Give their texts as Context.")
         return segments
 
     def _all_parts(self, prompts: Sequence[Prompt | Parts], decoder: int) -> list[list[Segment | Vectors]]:
@@ -529,10 +481,6 @@ def _with_memory_tokens(spec: CompressorSpec, num: int) -> CompressorSpec:
 def _key(segment: Segment) -> tuple[bytes, Marker | None]:
     """Contexts with equal keys have the same vectors."""
     return np.asarray(segment.ids, dtype=np.int64).tobytes(), segment.marker
-
-
-def _is_context(part: Segment | Vectors) -> bool:
-    return isinstance(part, Segment) and part.kind == "context"
 
 
 def _checked_sequences(what: str, given: Sequence[Parts]) -> list[tuple[Segment | Vectors, ...]]:

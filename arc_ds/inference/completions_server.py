@@ -1,6 +1,7 @@
 """A client for many prompts to one server of OpenAI's Completions API: vLLM, `arc-ds serve`, or another one.
 
-A bounded number of requests is in flight. A request that fails for a while is sent again; other faults are one error.
+A bounded number of requests is in flight. The client retries a request after a temporary fault. Any other fault is an
+error.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class CompletionsServer:
             await connection.session.close()
 
     def identify(self, model: str | None) -> ServerIdentity:
-        """Ask for the server's name, version and models. Does not wait for a server that is not there.
+        """Ask for the server's name, version and models. Does not wait for a server that is down.
 
         model: the wanted one; None: the only one that the server has.
 

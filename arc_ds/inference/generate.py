@@ -10,9 +10,8 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +74,10 @@ class Continuation(NamedTuple):
     stop: StopReason
 
 
+# The next token of each row: see `Chooser`.
+Choose = Callable[[Tensor, Sequence[int], int], Tensor]
+
+
 class Chooser:
     """Choose the next token of each sequence. Keeps the random state between steps."""
 
@@ -113,10 +116,9 @@ def continue_batch(
     z_ZD: Tensor | None,
     *,
     max_new_tokens: Sequence[int],
-    choose: Chooser,
+    choose: Choose,
     stop_ids: Collection[int] = (),
     has_ended: Callable[[int, list[int]], bool] | None = None,
-    on_logits: Callable[[int, Tensor], None] | None = None,
     shared: SharedRows | None = None,
     max_len: int | None = None,
 ) -> list[Continuation]:
@@ -131,7 +133,6 @@ def continue_batch(
     stop_ids: tokens that end a sequence.
     has_ended: called after every step with (index, new tokens) of each sequence that had not ended before it. True ends
         the sequence.
-    on_logits: called with (step, float32 logits of the sequences that are left) before each choice, for inspection.
     shared: see `FrozenDecoder.prefill`.
     max_len: see `FrozenDecoder.prefill`.
 
@@ -145,9 +146,7 @@ def continue_batch(
     if longest == 0:
         return [Continuation([], "length") for _ in lines]
     logits_BV, state = decoder.prefill(batch, z_ZD, longest, shared, max_len)
-    for step in count():
-        if on_logits is not None:
-            on_logits(step, logits_BV)
+    while True:
         ids_B = choose(logits_BV, rows, len(lines))
         for idx, token in zip(rows, ids_B.tolist(), strict=True):
             if ends[idx] is None:
@@ -181,27 +180,6 @@ def _end_after(
     if is_ended:
         return "string"
     return "length" if len(line) == limit else None
-
-
-def generate_ids(
-    decoder: FrozenDecoder,
-    batch: PackedBatch,
-    z_ZD: Tensor | None,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    **options: Any,
-) -> list[list[int]]:
-    """The new tokens of every sequence of a batch, at most `max_new_tokens` each.
-
-    options: of `continue_batch`.
-
-    Raises ConfigError on a negative number of new tokens, or one whose cache does not fit into memory.
-    """
-    limit = whole_number("max_new_tokens", max_new_tokens, at_least=0, at_most=MAX_NEW_TOKENS)
-    choose = Chooser(sampling or Sampling(), batch.decoder_ids.device)
-    limits = [limit] * len(batch.tasks)
-    return [line.ids for line in continue_batch(decoder, batch, z_ZD, max_new_tokens=limits, choose=choose, **options)]
 
 
 def _check_memory(decoder: FrozenDecoder, batch: PackedBatch, max_new_tokens: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,3 +35,11 @@ class Vectors:
 Prompt = str | Context | Vectors | Sequence[str | Context | Vectors]
 # A prompt whose texts are tokens.
 Parts = Sequence[Segment | Vectors]
+
+
+def with_vectors(parts: Parts, vectors: Iterable[Tensor]) -> list[Segment | Vectors]:
+    """The parts with the next vectors, [m, D_decoder], in place of each context."""
+    remaining = iter(vectors)
+    return [
+        Vectors(next(remaining)) if isinstance(part, Segment) and part.kind == "context" else part for part in parts
+    ]

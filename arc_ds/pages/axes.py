@@ -10,11 +10,12 @@ _DIGITS = 4
 
 
 def number(value: float, digits: int = _DIGITS) -> str:
-    """A number with so many digits. Large ones have a prefix: 12.3k."""
+    """A number with at most `digits` digits. Large ones have a prefix: 12.3k."""
     if not math.isfinite(value):
         return str(value)
+    rounded = abs(float(f"{value:.{digits}g}"))
     for size, prefix in _PREFIXES:
-        if abs(value) >= max(size, 1e4):
+        if rounded >= max(size, 1e4):
             return f"{value / size:.{digits}g}{prefix}"
     return f"{value:.{digits}g}"
 

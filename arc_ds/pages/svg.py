@@ -20,10 +20,10 @@ class Area(NamedTuple):
     bottom: float
 
 
-def figure(title: str, picture: str, details: str = "", attributes: str = "") -> str:
-    """A picture with its title above it. details: a line below the title. attributes: HTML of the element's own."""
+def figure(title: str, picture: str, details: str = "") -> str:
+    """A picture with its title above it. details: a line below the title."""
     small = f"<br><small>{details}</small>" if details else ""
-    return f"<figure{attributes}><figcaption>{escape(title)}{small}</figcaption>{picture}</figure>"
+    return f"<figure><figcaption>{escape(title)}{small}</figcaption>{picture}</figure>"
 
 
 def picture(width: float, height: float, label: str, parts: Iterable[str], attributes: str = "") -> str:

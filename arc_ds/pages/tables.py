@@ -1,4 +1,4 @@
-"""A table and its forms: CSV, Markdown, HTML."""
+"""A table and its forms: CSV, plain text, Markdown, HTML."""
 
 from __future__ import annotations
 
@@ -54,6 +54,22 @@ def to_csv(table: Table) -> str:
     writer.writerow(table.columns)
     writer.writerows([["" if cell.value is None else cell.value for cell in row] for row in table.rows])
     return text.getvalue()
+
+
+def to_text(table: Table, max_rows: int | None = None) -> str:
+    """The table in columns for a terminal, with its caption. max_rows: shown rows; a line counts the others."""
+    shown = [[f"{cell.text} {cell.note}".strip() for cell in row] for row in table.rows[:max_rows]]
+    widths = [max(map(len, column)) for column in zip(table.columns, *shown, strict=True)]
+    lines = [
+        "  ".join(
+            text.ljust(width) if is_text else text.rjust(width)
+            for text, width, is_text in zip(row, widths, _text_columns(table), strict=True)
+        ).rstrip()
+        for row in [list(table.columns), *shown]
+    ]
+    if len(shown) < len(table.rows):
+        lines.append(f"… {len(table.rows) - len(shown)} more rows: see --out and --json")
+    return "\n".join([table.title, *(f"  {line}" for line in filter(None, [*lines, table.caption]))])
 
 
 def to_markdown(table: Table) -> str:

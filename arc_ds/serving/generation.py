@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from threading import Condition, Thread
 
 import torch
-from torch import Tensor
 
 from arc_ds.errors import ArcError
 from arc_ds.inference.arc import ArcModel
@@ -97,9 +96,9 @@ class AnswerText:
 class _Job:
     """An answer in the queue, and the way back to the event loop of its request."""
 
-    def __init__(self, segments: Parts, vectors: Sequence[Tensor], options: Options) -> None:
-        self.segments, self.vectors, self.options = segments, vectors, options
-        self.rows = given_rows(segments) + sum(map(len, vectors)) + options.max_tokens
+    def __init__(self, parts: Parts, options: Options) -> None:
+        self.parts, self.options = parts, options
+        self.rows = given_rows(parts) + options.max_tokens
         self.is_cancelled = False
         self._loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Delta | Exception] = asyncio.Queue()
@@ -141,12 +140,12 @@ class Generation:
         for thread in self._threads:
             thread.join()
 
-    async def answer(self, segments: Parts, vectors: Sequence[Tensor], options: Options) -> AsyncIterator[Delta]:
+    async def answer(self, parts: Parts, options: Options) -> AsyncIterator[Delta]:
         """The answer in pieces; the last one has a reason of its end. Closing the iterator ends the work on it.
 
         Raises RequestError if too many answers wait.
         """
-        job = _Job(segments, vectors, options)
+        job = _Job(parts, options)
         with self._changed:
             if len(self._queue) >= self._settings.waiting:
                 raise queue_full("too many requests wait for an answer; try again")
@@ -201,12 +200,11 @@ class Generation:
 
         try:
             ids = self._model.generate_ids(
-                [job.segments for job in batch],
+                [job.parts for job in batch],
                 self._decoder,
                 max_new_tokens=[job.options.max_tokens for job in batch],
                 stop_ids=self._model.decoder_stop_ids[self._decoder],
                 sampling=batch[0].options.sampling,
-                vectors=[vectors for job in batch for vectors in job.vectors],
                 has_ended=has_ended,
             )
         except Exception as error:

@@ -15,7 +15,7 @@ from arc_ds.data.tasks.chat import Layout
 from arc_ds.errors import ArcError, DataError
 from arc_ds.inference.arc import ArcModel, Context, Vectors
 from arc_ds.inference.load import check_runs_elsewhere
-from arc_ds.inference.prompt import Parts
+from arc_ds.inference.prompt import Parts, with_vectors
 from arc_ds.inference.prompt_embeds import decode_tensor
 from arc_ds.inference.reader import check_ids
 from arc_ds.serving import prompts
@@ -117,7 +117,7 @@ class Service:
     @property
     def max_rows(self) -> int:
         """Longest prompt plus answer, in rows of the decoder."""
-        stated = self._model.decoder_max_positions[self._decoder] if self._has_decoder else None
+        stated = self._model.readers[self._decoder].max_positions if self._has_decoder else None
         return min(self.settings.prompt_rows, stated or self.settings.prompt_rows)
 
     def read(self, kind: Kind, raw: bytes) -> GenerationRequest:
@@ -246,7 +246,8 @@ class Service:
             deltas, fallback = await self._upstream.answer(request.question, vectors, options)
             return Reply(deltas, usage, fallback)
         assert self._generation is not None and request.question.segments is not None
-        return Reply(self._generation.answer(request.question.segments, vectors, options), usage)
+        parts = with_vectors(request.question.segments, vectors)
+        return Reply(self._generation.answer(parts, options), usage)
 
     def _contexts(self, documents: Sequence[Context]) -> list[Segment]:
         encoder = self._model.encoder_tokenizer

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from arc_ds.inference.arc import ArcModel, Context
 from arc_ds.inference.openai_client import ConnectionFault, connection_faults, open_session, refusal_of
-from arc_ds.inference.prompt import Parts
+from arc_ds.inference.prompt import Parts, with_vectors
 from arc_ds.serving import prompts
 from arc_ds.serving.engines import vllm_chat, vllm_completion
 from arc_ds.serving.metrics import Metrics
@@ -96,7 +96,7 @@ class Upstream:
     ) -> tuple[Kind, dict[str, Any]]:
         plain = self._options(options)
         if question.segments is not None:
-            (rows_RD,) = self._model.prompt_embeds([list(question.segments)], self._decoder, vectors=vectors)
+            (rows_RD,) = self._model.prompt_embeds([with_vectors(question.segments, vectors)], self._decoder)
             stop_ids = list(self._model.decoder_stop_ids[self._decoder])
             return "completion", vllm_completion(rows_RD, self._settings.model, **plain, stop_token_ids=stop_ids)
         assert question.chat is not None, "a completion with documents needs the decoder's files"

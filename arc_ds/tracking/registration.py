@@ -45,7 +45,7 @@ def find_mlflow_run(run: Path, configured: str | None) -> tuple[str, str]:
     A database in a run's folder is found there, even if the folder was moved. Passwords come from the config or from
     MLFLOW_TRACKING_URI.
 
-    Raises ConfigError if the folder records no MLflow run, or its database is gone.
+    Raises ConfigError if the folder records no MLflow run, or if its database no longer exists.
     """
     try:
         state = TrackingState(**json.loads((run / STATE_NAME).read_text(encoding="utf-8")))

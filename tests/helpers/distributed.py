@@ -3,8 +3,8 @@
     results = run_on_ranks(function, *arguments)          # two gloo ranks on CPU
 
 `function` runs on every rank with the same arguments and must be importable by name (a module-level function of a test
-file is); arguments and results are pickled. The list of results is in rank order. What a rank raises is raised here
-as `RankError` with that rank's traceback. Ranks that do not answer within the limit are a failure that shows their
+file is); arguments and results are pickled. The list of results is in rank order. An error of a rank becomes a
+`RankError` here, with that rank's traceback. Ranks that do not answer within the limit are a failure that shows their
 stacks. After a hang or a death the ranks are started afresh at the next call.
 """
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from arc_ds import ArcModel
 from arc_ds.batch.packing import PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
-from arc_ds.inference.generate import generate_ids
+from tests.helpers.generation import generate_ids
 from tests.helpers.served import running
 from tests.helpers.vllm_wire import decode_prompt_embeds
 

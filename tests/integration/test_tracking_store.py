@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 from werkzeug.datastructures import MultiDict
 
+from arc_ds.cli import main
 from arc_ds.comparison import mlflow_points
 from arc_ds.comparison.mlflow_runs import Store, find_run, open_store, read_runs
 from arc_ds.config.schema import TrackingConfig
 from arc_ds.errors import ConfigError
+from arc_ds.evaluation.results import Prediction, write_results
 from arc_ds.system.locks import writing
-from arc_ds.tracking.evaluation import create_evaluation_run, find_run_of_checkpoint, log_evaluation
+from arc_ds.tracking.evaluation import find_run_of_checkpoint, log_evaluation
 from arc_ds.tracking.liveness import mark_dead_runs
 from arc_ds.tracking.mlflow_server import RunFacts, start_tracker
 from arc_ds.tracking.registration import find_mlflow_run
@@ -171,30 +173,42 @@ def test_checkpoints_stages_and_evaluations_are_linked(store: Path) -> None:
 
     assert find_run_of_checkpoint(uri, digest) == (run_id, 10)
     assert find_run_of_checkpoint(uri, "' OR '1' = '1") is None
-    table = {"id": ["q1", "q2"], "task": ["nq", "nq"], "prediction": ["a", "b"]}
+    log = ["eval", "score", _results(store, digest), "--log", "tests", "--tracking-uri", uri]
     for _ in range(2):
-        path = log_evaluation(
-            uri, run_id, table=table, metrics={"nq": {"em": 50.0, "f1": 62.5}}, step=10, datasets={"nq": "e" * 64}
-        )
-    assert [each.path for each in client.list_artifacts(run_id, "evaluation/step_000010")] == [path]
+        assert main(log) == 0
+    (path,) = (each.path for each in client.list_artifacts(run_id, "evaluation/step_000010"))
     loaded = json.loads(Path(client.download_artifacts(run_id, path)).read_text())
-    assert dict(zip(loaded["columns"], map(list, zip(*loaded["data"], strict=True)), strict=True)) == table
-    assert [(point.step, point.value) for point in client.get_metric_history(run_id, "eval/nq/f1")] == [(10, 62.5)]
+    table = dict(zip(loaded["columns"], map(list, zip(*loaded["data"], strict=True)), strict=True))
+    assert path.startswith("evaluation/step_000010/ARC4-") and table["id"] == ["q1", "q2"]
+    assert table["prediction"] == ["Rome", "ARC4"] and table["references"] == [["Rome"], ["Rome"]]
+    assert [(point.step, point.value) for point in client.get_metric_history(run_id, "eval/nq/f1")] == [(10, 50.0)]
     scores = {p.key: p.dataset_digest for p in client.get_logged_model(model.model_id).metrics if p.key[:4] == "eval"}
-    assert scores == {"eval/nq/em": "e" * 36, "eval/nq/f1": "e" * 36}
+    assert scores == {f"eval/nq/{name}": "e" * 36 for name in ("em", "f1", "substring", "approx_em")}
     assert client.get_run(run_id).info.status == "FINISHED"
 
-    apart = create_evaluation_run(uri, experiment="tests", name="open book", source_checkpoint=digest)
-    log_evaluation(uri, apart, table=table, metrics={"nq": {"em": 40.0}}, step=0)
-    run = client.get_run(apart)
-    assert (run.info.status, run.data.metrics, run.data.tags["arc_ds.stage"]) == (
-        "FINISHED",
-        {"eval/nq/em": 40.0},
-        "evaluation",
-    )
-    assert run.data.tags["mlflow.parentRunId"] == run_id
+    for name, parent, step in (("ARC8", run_id, 10), ("open book", None, 0)):
+        run = client.search_runs([experiment], f"attributes.run_name = '{name}'")[0]
+        assert (run.info.status, run.data.tags["arc_ds.stage"]) == ("FINISHED", "evaluation")
+        assert run.data.tags.get("mlflow.parentRunId") == parent and run.data.metrics["eval/nq/em"] == 50.0
+        assert [point.step for point in client.get_metric_history(run.info.run_id, "eval/nq/em")] == [step]
     with pytest.raises(ConfigError, match="cannot be logged in the MLflow run nothing at sqlite"):
         log_evaluation(uri, "nothing", table=table, metrics={}, step=0)
+
+
+def _results(store: Path, digest: str) -> str:
+    """A result folder of two systems of one export of a checkpoint, and of a baseline."""
+    for name, content in (("export", {"checkpoint": digest}), ("results", {})):
+        (store / name).mkdir()
+        (store / name / "config.json").write_text(json.dumps(content))
+    systems: list[dict[str, str]] = [{"name": name, "model": str(store / "export")} for name in ("ARC4", "ARC8")]
+    run = {"config": {"systems": [*systems, {"name": "open book"}]}, "data_digest": {"nq": "e" * 64}}
+    answers = [
+        Prediction(id=f"q{n}", task="nq", prediction="Rome" if n == 1 else name, references=("Rome",), system=name)
+        for name in ("ARC4", "ARC8", "open book")
+        for n in (1, 2)
+    ]
+    write_results(store / "results", answers, run)
+    return str(store / "results")
 
 
 def test_runs_that_were_killed_are_marked_by_ui_and_named_by_compare(store: Path) -> None:

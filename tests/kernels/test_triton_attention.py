@@ -213,6 +213,16 @@ def test_wrong_boundaries_and_limits_read_nothing_outside_the_tensors(
             assert bool((written | x.isnan().flatten(1).all(1)).all()), "a row is written completely or not at all"
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_without_rows_the_inputs_keep_their_gradients(backend: Backend, device: torch.device) -> None:
+    """Under ZeRO-3 a parameter outside the graph would keep its old gradient."""
+    cu = torch.zeros(1, dtype=torch.int32, device=device)
+    inputs = [torch.zeros(0, 2, 32, device=device, requires_grad=True) for _ in INPUTS]
+    spans = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 0, "max_seqlen_k": 0, "causal": True}
+    ak.attention_varlen(*inputs, **spans, window=3, backend=backend).sum().backward()
+    assert all(x.grad is not None and x.grad.shape == (0, 2, 32) for x in inputs)
+
+
 CASE = Case((3, 2), (3, 4))
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import arc_kernels as ak
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
-from arc_ds.inference.generate import generate_ids
 from arc_ds.model.backbone import RMSNorm, Stream
 from arc_ds.model.ceped import (
     Ceped,
@@ -27,6 +26,7 @@ from arc_ds.model.ceped import (
     load_ceped,
 )
 from arc_ds.model.rope import Rope, ropes_at
+from tests.helpers.generation import generate_ids
 
 CASES = ("case_a_no_context", "case_b_one_chunk", "case_c_chunks_left", "case_c_chunks_right")
 # Largest difference relative to the largest value of a tensor. The golden numbers are float32 and up to 2e-5 away from
@@ -151,7 +151,7 @@ def test_greedy_tokens_and_the_logits_of_each_step(model: Ceped, golden_ceped: P
     case = Case.read(golden_ceped, "case_d_greedy")
     reader = model.decoder.reading(model.encode(case.contexts)) if with_context else model.decoder
     logits: list[Tensor] = []
-    ids = generate_ids(reader, case.batch, None, max_new_tokens=12, on_logits=lambda _step, step: logits.append(step))
+    ids = generate_ids(reader, case.batch, None, max_new_tokens=12, on_logits=lambda step: logits.append(step))
     assert ids == case.tensors["generated_ids" if with_context else "generated_ids_without_context"].tolist()
     if with_context:
         assert _relative(torch.stack(logits, dim=1), case.tensors["step_logits"]) < BOUND

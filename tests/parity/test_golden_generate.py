@@ -17,8 +17,8 @@ from torch import Tensor
 from arc_ds import ArcModel, Context
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample
-from arc_ds.inference.generate import generate_ids
 from arc_ds.model.decoder import Decoder
+from tests.helpers.generation import generate_ids
 from tests.parity.golden import GoldenCase, build_case_compressor, build_case_decoder, prompts_of, spec_of
 from tests.parity.golden_run import relative_error
 
@@ -60,7 +60,7 @@ def generate(
     options = {"max_new_tokens": case.meta["max_tokens"], "stop_ids": [] if eos is None else [eos]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "keep", lambda *_: False)
-        tokens = generate_ids(decoder, batch, z_ZD, **options, on_logits=lambda _step, x_BV: seen.append(x_BV.clone()))
+        tokens = generate_ids(decoder, batch, z_ZD, **options, on_logits=lambda x_BV: seen.append(x_BV.clone()))
     assert generate_ids(decoder, batch, z_ZD, **options) == tokens
     return tokens, torch.stack(seen)
 

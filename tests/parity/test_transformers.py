@@ -17,7 +17,6 @@ from torch import Tensor
 
 from arc_ds.batch.packing import PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
-from arc_ds.inference.generate import generate_ids
 from arc_ds.model.backbone import Recompute
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.decoder import Decoder
@@ -26,6 +25,7 @@ from arc_ds.model.pooling import get_strategy
 from arc_ds.model.weights import BackboneSource, load_backbone, open_backbone, permute_rotary
 from arc_ds.model.weights.names import beyond_layers
 from arc_ds.tokenizers import load_tokenizer
+from tests.helpers.generation import generate_ids
 
 pytest.importorskip("transformers")
 import transformers

@@ -20,13 +20,14 @@ from arc_ds.batch.packing import PackedBatch
 from arc_ds.batch.segments import TokenIds
 from arc_ds.errors import WeightsError
 from arc_ds.inference.decoders import NativeFiles, open_decoder
-from arc_ds.inference.generate import Sampling, generate_ids
+from arc_ds.inference.generate import Sampling
 from arc_ds.inference.reader import DecoderReader
 from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.transformers_decoder import TransformersDecoder, find_reading
 from arc_ds.model.transformers_files import open_with_transformers
 from arc_ds.planning.flops import count_flops, work_rates
+from tests.helpers.generation import generate_ids
 
 pytest.importorskip("transformers")
 from tests.helpers.transformers_generate import continue_prompts

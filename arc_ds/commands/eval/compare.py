@@ -6,17 +6,12 @@ import argparse
 import json
 from dataclasses import asdict
 
-from arc_ds.commands.eval.result_arguments import (
-    add_results,
-    json_number,
-    number,
-    p_value,
-    read_arguments,
-    table,
-)
+from arc_ds.commands.eval.result_arguments import add_results, json_number, read_arguments
 from arc_ds.errors import ConfigError
 from arc_ds.evaluation.comparison import Comparison, Difference, compare_systems
 from arc_ds.evaluation.results import SEEDS_NOTE
+from arc_ds.evaluation.tables import comparison_table
+from arc_ds.pages.tables import to_text
 
 HELP = "compare systems on the same questions, with paired intervals and tests"
 
@@ -30,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "first metrics are adjusted for the number of tasks (Holm)."
     )
     add_results(parser, "RESULT")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -42,7 +38,7 @@ def run(namespace: argparse.Namespace) -> int:
         found = {each.second: _json(each) for each in comparisons}
         print(json.dumps({"first": systems[0].name, "systems": found}, indent=2, ensure_ascii=False))
     else:
-        print("\n\n".join(f"{each.second} against {each.first}\n{_table(each)}" for each in comparisons))
+        print(to_text(comparison_table(comparisons)))
         if any(len(each.seeds) > 1 for each in systems):
             print(f"\n{SEEDS_NOTE}")
     return 0
@@ -61,30 +57,3 @@ def _json(comparison: Comparison) -> dict[str, object]:
 def _record(difference: Difference) -> dict[str, object]:
     values = asdict(difference)
     return {name: json_number(value) if isinstance(value, float) else value for name, value in values.items()}
-
-
-def _table(comparison: Comparison) -> str:
-    rows = [
-        ["task", "metric", "test", "first", "second", "difference", "95% interval", "p", "p (Holm)", "detectable", "n"]
-        + ["clusters"]
-    ]
-    for task, metrics in comparison.by_task.items():
-        rows += [[task, metric, *_cells(difference)] for metric, difference in metrics.items()]
-    if comparison.average is not None:
-        rows.append(["average", "headlines", *_cells(comparison.average)])
-    return table(rows, 3)
-
-
-def _cells(difference: Difference) -> list[str]:
-    return [
-        difference.test,
-        number(difference.first),
-        number(difference.second),
-        number(difference.value, sign=True),
-        f"{number(difference.low, sign=True)} to {number(difference.high, sign=True)}",
-        p_value(difference.p),
-        p_value(difference.p_holm),
-        number(difference.detectable),
-        str(difference.n),
-        str(difference.num_clusters),
-    ]

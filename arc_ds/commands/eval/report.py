@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from arc_ds.commands.eval.result_arguments import add_results, read_arguments
 from arc_ds.evaluation.report import write_report
 from arc_ds.evaluation.report.content import make_report
 from arc_ds.evaluation.report.tables import METRICS
-from arc_ds.evaluation.results import read_systems, select_tasks
-from arc_ds.system.user_paths import path_argument, user_path
+from arc_ds.system.user_paths import path_argument
 
 HELP = "write a page with tables, plots and differing samples, and Markdown and CSV"
 
@@ -20,15 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "has the shape of the paper's Table 1. Every other system is compared with the baseline system on the same "
         "questions. Results of other ids, references, data or protocols are refused."
     )
-    parser.add_argument(
-        "results",
-        type=user_path,
-        nargs="+",
-        metavar="RESULT",
-        help="result folders or JSONL files. A,B,C names several training seeds of one system.",
-    )
+    add_results(parser, "RESULT")
     parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of the report")
-    parser.add_argument("--tasks", metavar="A,B", help="names of the tasks to read (default: all)")
     parser.add_argument(
         "--baseline", metavar="SYSTEM", help="system with which the others are compared (default: the first)"
     )
@@ -44,11 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Run the subcommand; return its exit code."""
-    systems = read_systems(namespace.results)
-    if namespace.tasks is not None:
-        systems = select_tasks(systems, namespace.tasks.split(","))
     report = make_report(
-        systems,
+        read_arguments(namespace),
         baseline=namespace.baseline,
         metric=namespace.metric,
         force=namespace.force,

@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
+from collections.abc import Sequence
 
-from arc_ds.commands.eval.result_arguments import add_results, json_number, number, read_arguments, table
+from arc_ds.commands.eval.result_arguments import add_results, json_number, read_arguments
+from arc_ds.comparison.find import find_store
 from arc_ds.evaluation.metrics import signature
-from arc_ds.evaluation.results import SEEDS_NOTE, SystemResults
+from arc_ds.evaluation.results import SEEDS_NOTE
 from arc_ds.evaluation.scoring import Score, SystemScores, is_bleu_lowercase, score_system
+from arc_ds.evaluation.tables import metric_table
+from arc_ds.pages.tables import to_text
+from arc_ds.system.user_paths import user_path
 
 HELP = "score files of predictions, with intervals"
 
@@ -25,30 +31,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "nats per token; with several systems, an object of these by the systems' names."
     )
     add_results(parser, "FILE")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    parser.add_argument(
+        "--log",
+        metavar="EXPERIMENT",
+        help="log scores and answers into MLflow: into the run that trained a system's model, at the step of its "
+        "checkpoint, or else into a run of their own in this experiment",
+    )
+    parser.add_argument(
+        "--tracking-uri",
+        type=user_path,
+        metavar="URI",
+        help="MLflow's server or database, or the folder that holds it, for --log (default: that of arc-ds compare)",
+    )
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Run the subcommand; return its exit code."""
     systems = read_arguments(namespace)
+    store = None if namespace.log is None else find_store(namespace.tracking_uri)
     scores = [score_system(system) for system in systems]
-    for results, each in zip(systems, scores, strict=True):
-        _warn(results, each)
+    for each in scores:
+        _warn(each)
     if namespace.json:
         found = {each.name: _json(each) for each in scores}
         print(json.dumps(next(iter(found.values())) if len(found) == 1 else found, indent=2, ensure_ascii=False))
-        return 0
-    print(_table(scores))
-    metrics = dict.fromkeys(metric for each in scores for task in each.by_task.values() for metric in task)
-    print()
-    for metric in metrics:
-        signatures = dict.fromkeys(signature(metric, bleu_lowercase=is_bleu_lowercase(each)) for each in systems)
-        print(f"{metric}: {'; '.join(signatures)}")
-    if any(len(each.seeds) > 1 for each in systems):
-        print(SEEDS_NOTE)
+    else:
+        _print(scores)
+    if store is not None:
+        from arc_ds.evaluation.log import log_scores  # imports torch
+
+        for name, run_id in log_scores(scores, store.uri, namespace.log).items():
+            print(f"{name}: logged in the MLflow run {run_id}", file=sys.stderr)
     return 0
 
 
-def _warn(results: SystemResults, scores: SystemScores) -> None:
+def _print(scores: Sequence[SystemScores]) -> None:
+    print(to_text(metric_table(scores)))
+    metrics = dict.fromkeys(metric for each in scores for task in each.by_task.values() for metric in task)
+    print()
+    for metric in metrics:
+        lowercase = (is_bleu_lowercase(each.results) for each in scores)
+        signatures = dict.fromkeys(signature(metric, bleu_lowercase=each) for each in lowercase)
+        print(f"{metric}: {'; '.join(signatures)}")
+    if any(len(each.results.seeds) > 1 for each in scores):
+        print(SEEDS_NOTE)
+
+
+def _warn(scores: SystemScores) -> None:
     """Warn of answers that a score hides: empty ones, those to blank references, and those that `eval run` left out."""
     for task, stats in scores.stats.items():
         if stats.num_empty:
@@ -61,53 +91,16 @@ def _warn(results: SystemResults, scores: SystemScores) -> None:
                 "remove such references",
                 *(scores.name, stats.num_blank, task),
             )
-        file = results.seeds[0]
-        for reason, systems in (file.run.get("skipped") or {}).items():
-            if isinstance(systems, dict) and (ids := systems.get(file.system, {}).get(task)):
+        for reason, numbers in scores.results.seeds[0].skipped.items():
+            if numbers.get(task):
                 logger.warning(
                     "%s: %d questions of task %s were not asked (%s); the scores leave them out",
-                    *(scores.name, len(ids), task, reason),
+                    *(scores.name, numbers[task], task, reason),
                 )
 
 
 def _json(scores: SystemScores) -> dict[str, dict[str, dict[str, float | None]]]:
-    return {
-        task: {
-            metric: {
-                "value": json_number(score.value),
-                "low": json_number(score.low),
-                "high": json_number(score.high),
-                "n": score.n,
-            }
-            for metric, score in metrics.items()
-        }
-        for task, metrics in scores.by_task.items()
-    }
+    def record(score: Score) -> dict[str, float | None]:
+        return {name: json_number(getattr(score, name)) for name in ("value", "low", "high", "n")}
 
-
-def _table(scores: list[SystemScores]) -> str:
-    rows = [["system", "task", "metric", "score", "95% interval", "std. error", "n", "clusters"]]
-    has_seeds = any(
-        score.seed_sd is not None for each in scores for task in each.by_task.values() for score in task.values()
-    )
-    for each in scores:
-        for task, metrics in each.by_task.items():
-            rows += [[each.name, task, metric, *_cells(score)] for metric, score in metrics.items()]
-        if each.average is not None:
-            rows.append([each.name, "average", "headlines", *_cells(each.average)])
-    if has_seeds:
-        rows[0].append("sd of seeds")
-    else:
-        rows = [row[: len(rows[0])] for row in rows]
-    return table(rows, 3)
-
-
-def _cells(score: Score) -> list[str]:
-    return [
-        number(score.value),
-        f"{number(score.low)} to {number(score.high)}",
-        number(score.stderr),
-        str(score.n),
-        str(score.num_clusters),
-        number(score.seed_sd),
-    ]
+    return {task: {metric: record(score) for metric, score in of.items()} for task, of in scores.by_task.items()}

@@ -1,4 +1,4 @@
-"""Data of one's own: objects with `question`, `answer` and `passages`, scored as answers, summaries or translations.
+"""A user's own data: objects with `question`, `answer` and `passages`, scored as answers, summaries or translations.
 
 A text in `passages` is one passage. `answer` is a text, or a list of all accepted ones. `id`, `cluster` and `group` are
 optional. Records of `arc-ds shards` fit, too: their `instruction` is the question if they have none.

@@ -6,24 +6,21 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from arc_ds.errors import ConfigError, DataError
-from arc_ds.evaluation.comparison import Comparison, check_comparable, compare_stats
+from arc_ds.evaluation.comparison import Comparison, check_comparable, compare_scores
 from arc_ds.evaluation.report.paper import in_paper_order
 from arc_ds.evaluation.report.samples import DifferingSample, PairCounts, differing_samples
-from arc_ds.evaluation.results import Prediction, ResultFile, SystemResults, select_tasks
+from arc_ds.evaluation.results import ResultFile, SystemResults, select_tasks
 from arc_ds.evaluation.scoring import (
-    Score,
+    SystemScores,
     TaskStats,
-    average_of,
-    by_task,
     is_bleu_lowercase,
-    score_draws,
-    score_of_task,
+    score_stats,
     seed_scores,
     system_stats,
     with_clusters,
@@ -31,12 +28,8 @@ from arc_ds.evaluation.scoring import (
 from arc_ds.evaluation.statistics import NUM_DRAWS, uncertainty
 from arc_ds.evaluation.task import Metric
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 _MAX_NOTE = 600
 _BAR: dict[str, Any] = {"unit": "system", "disable": None, "leave": False}
-Draws = Mapping[str, Mapping[Metric, "NDArray[np.float64]"]]
 
 
 class Sizes(NamedTuple):
@@ -65,45 +58,11 @@ class GapClosed(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportSystem:
-    """A system of a report. Mappings are by task.
-
-    results: its result files.
-    stats: statistics of its answers.
-    scores: scores by task and metric; the headline comes first.
-    draws: bootstrap draws of the scores.
-    average: mean of the headline scores; None unless it has all tasks of the report, and more than one.
-    sizes: mean sizes of its prompts.
-    """
-
-    results: SystemResults
-    stats: Mapping[str, TaskStats]
-    scores: Mapping[str, Mapping[Metric, Score]]
-    draws: Draws
-    average: Score | None
-    sizes: Mapping[str, Sizes]
-
-    @property
-    def name(self) -> str:
-        """Its name, unique in the report."""
-        return self.results.name
-
-    @property
-    def predictions(self) -> list[Prediction]:
-        """The answers of all its training seeds."""
-        return [each for file in self.results.seeds for each in file.predictions]
-
-    def mean_size(self, field: str) -> float | None:
-        """The mean of a field of `Sizes` over tasks; None if one is unknown."""
-        values = [getattr(sizes, field) for sizes in self.sizes.values()]
-        return None if None in values or not values else float(np.mean(values))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything that a report shows.
 
-    systems: systems in the order of the arguments.
+    systems: systems in the order of the arguments. The average is None unless a system has all tasks.
+    sizes: mean sizes of a system's prompts, by its name and task.
     tasks: tasks in the order of the paper's tables.
     baseline: the system with which the others are compared.
     comparisons: comparison of each other system, by its name. Systems without a common task are left out.
@@ -115,7 +74,8 @@ class Report:
     notes: sentences on limits of the comparison.
     """
 
-    systems: tuple[ReportSystem, ...]
+    systems: tuple[SystemScores, ...]
+    sizes: Mapping[tuple[str, str], Sizes]
     tasks: tuple[str, ...]
     baseline: str
     comparisons: Mapping[str, Comparison]
@@ -128,6 +88,11 @@ class Report:
     def headline(self, task: str) -> Metric:
         """The metric of a task in tables and plots."""
         return next(system.stats[task].headline for system in self.systems if task in system.stats)
+
+    def mean_size(self, system: SystemScores, field: str) -> float | None:
+        """The mean of a field of `Sizes` over a system's tasks; None if one is unknown."""
+        values = [getattr(self.sizes[system.name, task], field) for task in system.stats]
+        return None if None in values else float(np.mean(values))
 
 
 def make_report(
@@ -156,10 +121,8 @@ def make_report(
     different = {place for place, _ in notes}
     comparable = iter(with_clusters(*(each for place, each in enumerate(systems) if place not in different)))
     completed = [each if place in different else next(comparable) for place, each in enumerate(systems)]
-    tasks = in_paper_order({each.task for system in systems for file in system.seeds for each in file.predictions})
-    made = [
-        _report_system(each, tasks, metric, lowercase, num_draws) for each in tqdm(completed, desc="scores", **_BAR)
-    ]
+    tasks = in_paper_order(set().union(*map(_tasks, systems)))
+    made = [_scores(each, tasks, metric, lowercase, num_draws) for each in tqdm(completed, desc="scores", **_BAR)]
     base = made[base_idx]
     apart = [
         f"{each.name} has no task in common with {base.name}, so they are not compared."
@@ -176,10 +139,8 @@ def make_report(
             shared = _shared_answers(base.results, other.results, common)
             if shared is None:
                 continue
-            ours, theirs = (_report_system(each, common, metric, lowercase, num_draws) for each in shared)
-        comparisons[other.name] = compare_stats(
-            base.name, other.name, ours.stats, theirs.stats, ours.draws, theirs.draws
-        )
+            ours, theirs = (_scores(each, common, metric, lowercase, num_draws) for each in shared)
+        comparisons[other.name] = compare_scores(ours, theirs)
         for task in comparisons[other.name].by_task:
             counts[other.name, task], found = differing_samples(
                 ours.results, theirs.results, ours.stats[task], theirs.stats[task], max_samples
@@ -187,6 +148,7 @@ def make_report(
             samples += found
     return Report(
         systems=tuple(made),
+        sizes={(each.name, task): _task_sizes(each, task) for each in made for task in each.stats},
         tasks=tuple(tasks),
         baseline=base.name,
         comparisons=comparisons,
@@ -234,7 +196,7 @@ def _check(systems: Sequence[SystemResults], base_idx: int, *, force: bool) -> d
 
 
 def _tasks(system: SystemResults) -> set[str]:
-    return {each.task for file in system.seeds for each in file.predictions}
+    return {each.task for each in system.predictions}
 
 
 def _shared_answers(
@@ -259,27 +221,13 @@ def _shared_answers(
     return one, other
 
 
-def _report_system(
+def _scores(
     results: SystemResults, tasks: Sequence[str], metric: Metric | None, lowercase: bool, num_draws: int
-) -> ReportSystem:
+) -> SystemScores:
     found = system_stats(results, bleu_lowercase=lowercase)
     stats = {task: _with_headline(found[task], metric, results.name) for task in tasks if task in found}
-    draws = {task: score_draws(each, num_draws) for task, each in stats.items()}
-    scores = {
-        task: {metric: score_of_task(each, metric, draws[task][metric]) for metric in each.by_metric}
-        for task, each in stats.items()
-    }
-    headlines = [(each, draws[task][each.headline]) for task, each in stats.items()]
-    kind = results.seeds[0].protocol.get("ratio", "decoder")
-    answers = by_task(each for file in results.seeds for each in file.predictions)
-    return ReportSystem(
-        results=results,
-        stats=stats,
-        scores=scores,
-        draws=draws,
-        average=average_of(headlines) if len(stats) == len(tasks) > 1 else None,
-        sizes={task: task_sizes([each.lengths for each in answers[task]], kind) for task in stats},
-    )
+    scored = score_stats(results, stats, num_draws)
+    return scored if len(stats) == len(tasks) else replace(scored, average=None)
 
 
 def _with_headline(stats: TaskStats, metric: Metric | None, system: str) -> TaskStats:
@@ -292,6 +240,11 @@ def _with_headline(stats: TaskStats, metric: Metric | None, system: str) -> Task
             "name the tasks that have it with --tasks."
         )
     return replace(stats, by_metric={metric: stats.by_metric[metric], **stats.by_metric})
+
+
+def _task_sizes(system: SystemScores, task: str) -> Sizes:
+    lengths = [each.lengths for each in system.results.predictions if each.task == task]
+    return task_sizes(lengths, system.results.seeds[0].protocol.get("ratio", "decoder"))
 
 
 def task_sizes(lengths: Sequence[Mapping[str, int]], kind: str) -> Sizes:
@@ -351,7 +304,7 @@ def _first_of_each(samples: Sequence[DifferingSample], limit: int) -> list[Diffe
     return [samples[place] for place in sorted(place for _, place in sorted(ranked)[:limit])]
 
 
-def _gaps_closed(systems: Sequence[ReportSystem]) -> dict[tuple[str, str], GapClosed]:
+def _gaps_closed(systems: Sequence[SystemScores]) -> dict[tuple[str, str], GapClosed]:
     """The gap closed of each system and task with answer NLLs: (b - nll) / (b - open), b = min(closed, mismatched)."""
     gaps = {}
     for system in systems:
@@ -367,12 +320,12 @@ def _gaps_closed(systems: Sequence[ReportSystem]) -> dict[tuple[str, str], GapCl
 
 
 def _gap(
-    system: ReportSystem, task: str, by_role: Mapping[str, ReportSystem], draws: Mapping[str, Any]
+    system: SystemScores, task: str, by_role: Mapping[str, SystemScores], draws: Mapping[str, Any]
 ) -> GapClosed | None:
     floors = [role for role in ("closed", "mismatched") if draws.get(role) is not None]
     if "nll" not in system.draws[task] or draws["open"] is None or "closed" not in floors:
         return None
-    nll = {role: by_role[role].scores[task]["nll"].value for role in (*floors, "open")}
+    nll = {role: by_role[role].by_task[task]["nll"].value for role in (*floors, "open")}
     floor, open_book = min(nll[role] for role in floors), nll["open"]
     if floor <= open_book:
         return None
@@ -383,19 +336,13 @@ def _gap(
     return GapClosed(float(gaps_S.mean()), found.low, found.high)
 
 
-def decoder_of(system: ReportSystem) -> str:
+def decoder_of(system: SystemScores) -> str:
     """The name of its decoder; empty if unknown."""
     return system.results.seeds[0].predictions[0].decoder
 
 
-def description_of(system: ReportSystem) -> Mapping[str, Any]:
-    """What run.json says of the system; empty if it is unknown."""
-    file = system.results.seeds[0]
-    found = (file.run.get("systems") or {}).get(file.system)
-    return found if isinstance(found, dict) else {}
-
-
-def role_of(system: ReportSystem) -> str:
+def role_of(system: SystemScores) -> str:
     """ "closed", "open" or "mismatched", by the system's kind or else by its name; empty for other systems."""
-    text = str(description_of(system).get("kind") or system.results.seeds[0].system or system.name).lower()
+    file = system.results.seeds[0]
+    text = str(file.description.get("kind") or file.system or system.name).lower()
     return next((role for role in ("closed", "open", "mismatched") if text.startswith(role)), "")

@@ -16,7 +16,6 @@ from arc_ds.evaluation.report.tables import (
     description_tables,
     difference_table,
     group_of,
-    metric_table,
     nll_tables,
     notes_of,
     protocol_names,
@@ -25,6 +24,7 @@ from arc_ds.evaluation.report.tables import (
     signatures,
     verdict_table,
 )
+from arc_ds.evaluation.tables import metric_table
 from arc_ds.pages.frame import colours, render_page
 from arc_ds.pages.tables import caption_html, to_html
 
@@ -60,7 +60,7 @@ def report_page(report: Report, *, with_paper: bool) -> str:
         ("All metrics", _all_metrics(report)),
         ("Provenance", _origin(report)),
     ]
-    num_answers = sum(len(system.predictions) for system in report.systems)
+    num_answers = sum(len(system.results.predictions) for system in report.systems)
     names = dict.fromkeys(filter(None, map(decoder_of, report.systems)))
     parts = [
         _plural(len(report.systems), "system"),
@@ -86,7 +86,7 @@ def _plural(num: int, noun: str) -> str:
 
 def _all_metrics(report: Report) -> str:
     items = "".join(f"<li>{escape(name)}: {escape(text)}</li>" for name, text in signatures(report).items())
-    table = to_html(metric_table(report))
+    table = to_html(metric_table(report.systems))
     return f"<details><summary>Every metric of every system and task</summary>{table}</details><ul>{items}</ul>"
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
-from arc_ds.evaluation.report.content import Report, ReportSystem
-from arc_ds.evaluation.report.tables import AVERAGE, METRICS, TITLES, digits_of, unit_of
-from arc_ds.evaluation.scoring import Score
+from arc_ds.evaluation.report.content import Report
+from arc_ds.evaluation.report.tables import AVERAGE, METRICS, TITLES, unit_of
+from arc_ds.evaluation.scoring import Score, SystemScores
+from arc_ds.evaluation.tables import digits_of
 from arc_ds.evaluation.task import Metric
 from arc_ds.pages.axes import log_ticks, nice_ticks, without_middle
 from arc_ds.pages.frame import NUM_COLOURS
@@ -91,7 +92,7 @@ def _panels(report: Report, field: str = "") -> list[tuple[str, str, list[Point]
     for task in _columns(report):
         points = []
         for group, system in enumerate(report.systems):
-            score, size = _score_and_size(system, task, field)
+            score, size = _score_and_size(report, system, task, field)
             if score is not None and not math.isnan(score.value):
                 note = f"{score.value:.{_digits(report, task)}f}"
                 x = math.nan if size is None else size
@@ -118,12 +119,13 @@ def _title(task: str) -> str:
     return f"{AVERAGE} of headline metrics" if task == AVERAGE else TITLES.get(task, task)
 
 
-def _score_and_size(system: ReportSystem, task: str, field: str) -> tuple[Score | None, float | None]:
+def _score_and_size(report: Report, system: SystemScores, task: str, field: str) -> tuple[Score | None, float | None]:
     if task == AVERAGE:
-        return system.average, system.mean_size(field) if field else None
-    if task not in system.scores:
+        return system.average, report.mean_size(system, field) if field else None
+    if task not in system.by_task:
         return None, None
-    return next(iter(system.scores[task].values())), getattr(system.sizes[task], field) if field else None
+    score = next(iter(system.by_task[task].values()))
+    return score, getattr(report.sizes[system.name, task], field) if field else None
 
 
 def _grid(panels: Sequence[str]) -> str:
@@ -250,7 +252,7 @@ def _marker(group: int, x: float, y: float) -> str:
 
 def _tooltip(point: Point) -> str:
     interval = "" if math.isnan(point.low) else f" [{point.low:.2f}, {point.high:.2f}]"
-    x = "" if math.isnan(point.x) else f" at {point.x:.4g}"
+    x = "" if math.isnan(point.x) else f" at {'∞' if math.isinf(point.x) else f'{point.x:.4g}'}"
     return f"<title>{escape(point.label)}: {point.value:.2f}{interval}{x}</title>"
 
 

@@ -7,15 +7,22 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any
 
 from arc_ds.config.load import flatten_tree
 from arc_ds.evaluation.comparison import Difference
 from arc_ds.evaluation.metrics import metrics_of, signature
-from arc_ds.evaluation.report.content import GapClosed, Report, ReportSystem, Sizes, description_of
+from arc_ds.evaluation.report.content import GapClosed, Report, Sizes
 from arc_ds.evaluation.report.paper import PaperRow, paper_rows
 from arc_ds.evaluation.results import SEEDS_NOTE
-from arc_ds.evaluation.scoring import Score, by_task, is_bleu_lowercase
+from arc_ds.evaluation.scoring import Score, SystemScores, is_bleu_lowercase
+from arc_ds.evaluation.tables import (
+    DIFFERENCE_COLUMNS,
+    count_cell,
+    difference_cells,
+    digits_of,
+    metric_table,
+    plain_cell,
+)
 from arc_ds.evaluation.task import Metric
 from arc_ds.pages.tables import EMPTY, Cell, Table, markdown_text, text_cell, to_markdown
 
@@ -67,7 +74,7 @@ def notes_of(report: Report) -> list[str]:
     skipped = [
         f"{system.name}: {count} of {TITLES.get(task, task)} ({reason})"
         for system in report.systems
-        for reason, by in _skipped(system).items()
+        for reason, by in system.results.seeds[0].skipped.items()
         for task, count in by.items()
         if count and task in report.tasks
     ]
@@ -92,10 +99,10 @@ def verdict_table(report: Report) -> Table:
             sign = _clear_sign(report.headline(task), metrics.get(report.headline(task)))
             by_sign[sign].append(TITLES.get(task, task))
         found = comparison.average or next(iter(next(iter(comparison.by_task.values())).values()))
-        _, _, value, _, _, _, detectable, *_ = _difference_cells(found, digits_of(report.headline(report.tasks[0])) + 1)
+        _, _, value, _, _, _, detectable, *_ = difference_cells(found, digits_of(report.headline(report.tasks[0])) + 1)
         system = report.systems[group_of(report, name)]
-        sizes = (_ratio_cell(system.mean_size("ratio")), _plain(system.mean_size("prompt_rows"), 0))
-        tasks = (text_cell(_listed(by_sign[1])), text_cell(_listed(by_sign[-1])), _count(len(by_sign[0])))
+        sizes = (_ratio_cell(report.mean_size(system, "ratio")), plain_cell(report.mean_size(system, "prompt_rows"), 0))
+        tasks = (text_cell(_listed(by_sign[1])), text_cell(_listed(by_sign[-1])), count_cell(len(by_sign[0])))
         rows.append((_system_cell(report, name), value, detectable, *sizes, *tasks))
     columns = ("system", "difference", "detectable", "×", "prompt rows", "better in", "worse in", "not clear")
     caption = (
@@ -127,7 +134,9 @@ def score_table(report: Report, *, with_paper: bool) -> Table:
     for system in report.systems:
         scores = [_score_cell(report, system, task) for task in report.tasks]
         average = [_number_cell(system.average, digits_of(report.headline(report.tasks[0])))] if has_average else []
-        rows.append((_system_cell(report, system.name), _ratio_cell(system.mean_size("ratio")), *scores, *average))
+        rows.append(
+            (_system_cell(report, system.name), _ratio_cell(report.mean_size(system, "ratio")), *scores, *average)
+        )
     if with_paper:
         # The paper's scores are those of its own metrics.
         same = [task for task in report.tasks if report.headline(task) == metrics_of(task)[0]]
@@ -157,21 +166,16 @@ def unit_of(metric: Metric) -> str:
     return "nats per token (lower is better)" if metric == "nll" else "points of 100"
 
 
-def digits_of(metric: Metric) -> int:
-    """Decimals of a score."""
-    return 3 if metric == "nll" else 1
-
-
 def protocol_names(report: Report) -> str:
     """The names of all protocols of the results."""
     names = [file.protocol.get("name", "unknown") for system in report.systems for file in system.results.seeds]
     return ", ".join(f"“{name}”" for name in dict.fromkeys(names))
 
 
-def _score_cell(report: Report, system: ReportSystem, task: str) -> Cell:
-    if task not in system.scores:
+def _score_cell(report: Report, system: SystemScores, task: str) -> Cell:
+    if task not in system.by_task:
         return EMPTY
-    cell = _number_cell(next(iter(system.scores[task].values())), digits_of(report.headline(task)))
+    cell = _number_cell(next(iter(system.by_task[task].values())), digits_of(report.headline(task)))
     found = report.comparisons.get(system.name)
     sign = _clear_sign(report.headline(task), found.by_task.get(task, {}).get(report.headline(task)) if found else None)
     numbers = {len(each.stats[task].clusters_N) for each in report.systems if task in each.stats}
@@ -205,35 +209,19 @@ def difference_table(report: Report) -> Table:
         system = text_cell(name, group=group_of(report, name))
         for task in (task for task in report.tasks if task in comparison.by_task):
             metric = report.headline(task)
-            counts = [_count(count) for count in report.pair_counts[name, task]]
-            cells = _difference_cells(comparison.by_task[task][metric], digits_of(metric) + 1)
+            counts = [count_cell(count) for count in report.pair_counts[name, task]]
+            cells = difference_cells(comparison.by_task[task][metric], digits_of(metric) + 1)
             rows.append((system, text_cell(task_title(report, task)), *cells, *counts))
         if comparison.average is not None:
-            cells = _difference_cells(comparison.average, digits_of(report.headline(report.tasks[0])) + 1)
+            cells = difference_cells(comparison.average, digits_of(report.headline(report.tasks[0])) + 1)
             rows.append((system, text_cell(AVERAGE), *cells, EMPTY, EMPTY, EMPTY))
-    columns = (
-        *("system", "task", report.baseline, "score", "difference", "p", "p (Holm)", "test", "detectable", "n"),
-        *("clusters", "better", "worse", "equal"),
-    )
+    columns = ("system", "task", report.baseline, *DIFFERENCE_COLUMNS, "better", "worse", "equal")
     caption = (
         f"System minus {report.baseline} on the same questions, in {unit_of(report.headline(report.tasks[0]))}, with "
         "95% intervals. p (Holm) is adjusted for the number of tasks, for each system by itself. “Detectable” is the "
         "difference that 80% of experiments of this size find. “Better”, “worse” and “equal” count samples."
     )
     return Table("differences", f"Differences from {report.baseline}", columns, tuple(rows), caption)
-
-
-def _difference_cells(difference: Difference, digits: int) -> list[Cell]:
-    low, high = (_plain(value, digits, sign=True) for value in (difference.low, difference.high))
-    interval = "" if math.isnan(difference.low) else f"[{low.text}, {high.text}]"
-    return [
-        *(_plain(value, digits) for value in (difference.first, difference.second)),
-        _plain(difference.value, digits, sign=True)._replace(note=interval),
-        *(_p_cell(value) for value in (difference.p, difference.p_holm)),
-        text_cell(difference.test),
-        _plain(difference.detectable, digits),
-        *(_count(count) for count in (difference.n, difference.num_clusters)),
-    ]
 
 
 def difference_csv_table(report: Report) -> Table:
@@ -253,46 +241,13 @@ def difference_csv_table(report: Report) -> Table:
     return Table("differences", f"Differences from {report.baseline}", columns, tuple(rows))
 
 
-def _plain(value: float | None, digits: int = 2, *, sign: bool = False) -> Cell:
-    if value is None or math.isnan(value):
-        return EMPTY
-    return Cell("∞" if math.isinf(value) else f"{value:{'+' if sign else ''}.{digits}f}", value)
-
-
-def _count(value: int | None) -> Cell:
-    return EMPTY if value is None else Cell(f"{value:,}", value)
-
-
-def _p_cell(value: float | None) -> Cell:
-    return EMPTY if value is None else Cell("<0.0001" if value < 1e-4 else f"{value:.4f}", value)
-
-
-def metric_table(report: Report) -> Table:
-    """All metrics of all systems and tasks."""
-    rows = [
-        (
-            text_cell(system.name, group=group),
-            text_cell(TITLES.get(task, task)),
-            text_cell(METRICS[metric]),
-            *(_plain(value) for value in (score.value, score.low, score.high, score.stderr, score.seed_sd)),
-            *(Cell(f"{count:,}", count) for count in (score.n, score.num_clusters, len(system.results.seeds))),
-        )
-        for group, system in enumerate(report.systems)
-        for task, metrics in system.scores.items()
-        for metric, score in metrics.items()
-    ]
-    numbers = ("score", "low", "high", "std. error", "sd of seeds", "n", "clusters", "seeds")
-    caption = "Points of 100; NLL in nats per token of the first reference, where lower is better."
-    return Table("metrics", "All metrics", ("system", "task", "metric", *numbers), tuple(rows), caption)
-
-
 def score_csv_table(report: Report) -> Table:
     """All metrics with the sizes of prompts, for CSV. Tasks and metrics have the names of the result files."""
     rows = []
     for system in report.systems:
-        for task, metrics in system.scores.items():
+        for task, metrics in system.by_task.items():
             for metric, score in metrics.items():
-                values = (*(getattr(score, field) for field in _SCORE_FIELDS), *system.sizes[task])
+                values = (*(getattr(score, field) for field in _SCORE_FIELDS), *report.sizes[system.name, task])
                 is_headline = str(metric == system.stats[task].headline).lower()
                 rows.append(tuple(Cell("", value) for value in (system.name, task, metric, is_headline, *values)))
     columns = ("system", "task", "metric", "is_headline", *_SCORE_FIELDS, *Sizes._fields)
@@ -301,14 +256,14 @@ def score_csv_table(report: Report) -> Table:
 
 def nll_tables(report: Report) -> list[Table]:
     """Answer NLL, and the gap closed; none if no system has answer NLLs."""
-    tasks = [task for task in report.tasks if any("nll" in system.scores.get(task, {}) for system in report.systems)]
+    tasks = [task for task in report.tasks if any("nll" in system.by_task.get(task, {}) for system in report.systems)]
     if not tasks:
         return []
     columns = ("system", *(TITLES.get(task, task) for task in tasks))
     nll_rows, gap_rows = [], []
     for group, system in enumerate(report.systems):
         name = text_cell(system.name, group=group)
-        nll_rows.append((name, *(_number_cell(system.scores.get(task, {}).get("nll"), 3) for task in tasks)))
+        nll_rows.append((name, *(_number_cell(system.by_task.get(task, {}).get("nll"), 3) for task in tasks)))
         gaps = [_number_cell(report.gap_closed.get((system.name, task)), 2) for task in tasks]
         gap_rows += [(name, *gaps)] if any(gap != EMPTY for gap in gaps) else []
     caption = "Nats per token of the first reference, with 95% intervals; lower is better."
@@ -326,26 +281,26 @@ def count_table(report: Report) -> Table:
     """Counts of answers, skipped samples and stop reasons, and sizes of prompts, by system and task."""
     found = []
     for group, system in enumerate(report.systems):
-        skipped, answers_of = _skipped(system), by_task(system.predictions)
+        file = system.results.seeds[0]
         for task, stats in system.stats.items():
-            answers = answers_of[task]
-            score = next(iter(system.scores[task].values()))
+            answers = [each for each in system.results.predictions if each.task == task]
+            score = next(iter(system.by_task[task].values()))
             counts: dict[str, Cell] = {
-                "answers": _count(len(answers)),
-                "clusters": _count(score.num_clusters),
-                **{f"skipped: {reason}": _count(by[task]) for reason, by in skipped.items()},
-                "shortened": _count(_shortened(system).get(task)),
-                "empty": _count(stats.num_empty),
+                "answers": count_cell(len(answers)),
+                "clusters": count_cell(score.num_clusters),
+                **{f"skipped: {reason}": count_cell(by.get(task, 0)) for reason, by in file.skipped.items()},
+                "shortened": count_cell(file.shortened.get(task)),
+                "empty": count_cell(stats.num_empty),
             }
             stops = Counter(each.stop or "unknown" for each in answers)
-            counts |= {f"stop: {stop}": _count(stops[stop]) for stop in ("string", "eos", "length", "unknown")}
-            sizes = system.sizes[task]
+            counts |= {f"stop: {stop}": count_cell(stops[stop]) for stop in ("string", "eos", "length", "unknown")}
+            sizes = report.sizes[system.name, task]
             counts |= {
                 "×, mean": _ratio_cell(sizes.ratio),
                 "×, of sums": _ratio_cell(sizes.ratio_of_sums),
                 "×, whole prompt": _ratio_cell(sizes.prompt_ratio),
-                "prompt rows": _plain(sizes.prompt_rows, 1),
-                "new tokens": _plain(sizes.new_tokens, 1),
+                "prompt rows": plain_cell(sizes.prompt_rows, 1),
+                "new tokens": plain_cell(sizes.new_tokens, 1),
             }
             found.append((text_cell(system.name, group=group), text_cell(TITLES.get(task, task)), counts))
     names = dict.fromkeys(name for _, _, counts in found for name in counts)
@@ -357,25 +312,6 @@ def count_table(report: Report) -> Table:
         "are means over answers. Columns without any count are left out."
     )
     return Table("counts", "Counts and sizes", ("system", "task", *shown), rows, caption)
-
-
-def _skipped(system: ReportSystem) -> dict[str, Counter[str]]:
-    """Numbers of skipped samples of the first training seed, by reason and task."""
-    file = system.results.seeds[0]
-    reasons = file.run.get("skipped") or {}
-    return {reason: Counter(_numbers(by.get(file.system))) for reason, by in reasons.items() if isinstance(by, dict)}
-
-
-def _shortened(system: ReportSystem) -> dict[str, int]:
-    file = system.results.seeds[0]
-    found = file.run.get("shortened") or {}
-    return _numbers(found.get(file.system)) if isinstance(found, dict) else {}
-
-
-def _numbers(counts: Any) -> dict[str, int]:
-    """Counts by task, of numbers or of lists of ids."""
-    items = counts.items() if isinstance(counts, dict) else ()
-    return {task: value if isinstance(value, int) else len(value) for task, value in items}
 
 
 def run_table(report: Report) -> Table:
@@ -409,7 +345,7 @@ def _systems(report: Report, names: list[str]) -> str:
 
 def description_tables(report: Report) -> list[Table]:
     """A table of what run.json says of each system; none if it says nothing."""
-    flat = [flatten_tree(dict(description_of(system))) for system in report.systems]
+    flat = [flatten_tree(dict(system.results.seeds[0].description)) for system in report.systems]
     keys = list(dict.fromkeys(key for each in flat for key in each if key))
     rows = [
         (text_cell(system.name, group=group), *(text_cell(_scalar_text(each.get(key))) for key in keys))
@@ -424,7 +360,7 @@ def _scalar_text(value: object) -> str:
 
 def signatures(report: Report) -> Mapping[str, str]:
     """The settings of the metrics."""
-    metrics = dict.fromkeys(m for system in report.systems for task in system.scores.values() for m in task)
+    metrics = dict.fromkeys(m for system in report.systems for task in system.by_task.values() for m in task)
     lowercase = is_bleu_lowercase(*(system.results for system in report.systems))
     return {METRICS[metric]: signature(metric, bleu_lowercase=lowercase) for metric in metrics}
 
@@ -433,7 +369,7 @@ def report_markdown(report: Report, *, with_paper: bool) -> str:
     """The report's tables as Markdown, without the samples."""
     verdict, differences = ([verdict_table(report)], [difference_table(report)]) if report.comparisons else ([], [])
     tables = [*verdict, score_table(report, with_paper=with_paper), *differences, *nll_tables(report)]
-    tables += [count_table(report), metric_table(report), *description_tables(report), run_table(report)]
+    tables += [count_table(report), metric_table(report.systems), *description_tables(report), run_table(report)]
     parts = ["# Evaluation\n", *(f"> {markdown_text(note)}\n" for note in notes_of(report))]
     for table in tables:
         parts.append(f"## {markdown_text(table.title)}\n")

@@ -1,4 +1,4 @@
-"""Shorter texts of documents to a budget of decoder tokens: a part of the text, or sentences that BM25 chooses."""
+"""Documents shortened to a budget of decoder tokens: a part of the text, or sentences that BM25 chooses."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def chunk_ids(text: str, encoder: Tokenizer, chunk_tokens: int | None) -> list[T
 
 
 def cut_to(text: str, num_tokens: int, part: Part, tokenizer: Tokenizer) -> str:
-    """At most so many tokens of a text: its first ones, its last ones or those in its middle. A whole text is kept."""
+    """At most `num_tokens` tokens of a text: the first, the last or the middle ones. A short text stays."""
     encoding = tokenizer.encode_with_ends(text)
     total = len(encoding.ids)
     for kept in range(min(num_tokens, total), 0, -1):  # a part may have more tokens alone than in the text
@@ -86,11 +86,10 @@ def cut_to(text: str, num_tokens: int, part: Part, tokenizer: Tokenizer) -> str:
 
 
 def choose_sentences(text: str, query: str, num_tokens: int, tokenizer: Tokenizer) -> str:
-    """Sentences of a text with at most so many tokens, in the order of the text.
+    """Sentences of a text with at most `num_tokens` tokens, in the order of the text.
 
     Sentences with high BM25 scores for the query come first, and those that no longer fit are left out. Equal scores go
-    in the order of the text.
-    If none fits, the best sentence is cut at its end.
+    in the order of the text. If none fits, the best sentence is cut at its end.
     """
     sentences = split_sentences(text)
     if not sentences or len(tokenizer.encode(text)) <= num_tokens:

@@ -27,6 +27,7 @@ from arc_ds.inference.weight_samples import sample_digest
 from arc_ds.system.user_files import check_encodable, library_reads
 
 _MAX_TOKENS = 512  # of a piece, with the tokens that start and end it
+_BATCH_SIZE = 50  # pieces
 _PIECE_ENDS = (".", "\n")
 _WORD_START = "▁"
 _CL100K = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
@@ -51,7 +52,6 @@ def llmlingua2(
     count_tokens: CountTokens,
     ends: Ends = "library",
     device: torch.device,
-    batch_size: int = 50,
 ) -> Callable[[str, str], str]:
     """The text that replaces a document: a function of the document and the question, which it ignores.
 
@@ -66,7 +66,6 @@ def llmlingua2(
         "[CLS]" and "[SEP]", which XLM-RoBERTa does not have (microsoft/LLMLingua#181). Published results of the package
         were made so. "model": "<s>" and "</s>", as in the training of the classifier.
     device: where the classifier runs.
-    batch_size: number of pieces of at most 512 tokens that it reads at once.
 
     Raises WeightsError if the folder holds no such model.
     """
@@ -80,8 +79,8 @@ def llmlingua2(
         tokens = tokenizer.tokenize(check_encodable(document, "a document"))
         pieces = [tokenizer.convert_tokens_to_string(piece) for piece in cut_pieces(tokens)]
         texts = []
-        for first in range(0, len(pieces), batch_size):
-            for names, probabilities in _classify(model, tokenizer, pieces[first : first + batch_size], around):
+        for first in range(0, len(pieces), _BATCH_SIZE):
+            for names, probabilities in _classify(model, tokenizer, pieces[first : first + _BATCH_SIZE], around):
                 words = words_of(names, probabilities, skipped)
                 texts.append(tokenizer.convert_tokens_to_string(keep_words(words, rate, count_tokens)))
         return "".join(texts)

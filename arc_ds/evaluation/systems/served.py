@@ -1,7 +1,7 @@
 """Decoders that a server runs: vLLM, `arc-ds serve`, or another server of OpenAI's Completions API.
 
 The server gets token ids, or prompt embeddings if a prompt has vectors, so it reads exactly what a decoder here reads.
-Its answers are cut at the stop texts here, too.
+The reader also cuts the answers at the stop texts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from arc_ds.inference.load import DecoderSettings
 from arc_ds.inference.prompt_embeds import cache_salt, encode_tensor
 from arc_ds.inference.reader import Answer, DecoderReader, Nll, StopReason, before_first, reader_of
 from arc_ds.inference.rows import Rows, num_rows, pack_rows
-from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder
+from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder, TransformersSizes
 from arc_ds.model.weights.hf_config import RopeScalingChoice
 from arc_ds.system.packages import require
 
@@ -138,9 +138,6 @@ class ServedReader(DecoderReader):
             "bos": self.bos,
         }
 
-    def forget(self) -> None:
-        """Does nothing: this reader keeps no rows."""
-
     def answer_rows(
         self,
         prompts: Sequence[Rows],
@@ -149,8 +146,7 @@ class ServedReader(DecoderReader):
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
-        max_rows: int | None = None,
-        max_shared: int | None = None,
+        **_: Any,
     ) -> list[Answer]:
         """See `DecoderReader`. Ids of tokens that the server does not name are -1. Raises the server's errors."""
         texts, ends = self._ends(stop, stop_ids)
@@ -165,13 +161,7 @@ class ServedReader(DecoderReader):
             for reply, rows, limit in zip(replies, prompts, limits, strict=True)
         ]
 
-    def nll_rows(
-        self,
-        prompts: Sequence[Rows],
-        answers: Sequence[TokenIds],
-        max_rows: int | None = None,
-        max_shared: int | None = None,
-    ) -> list[Nll]:
+    def nll_rows(self, prompts: Sequence[Rows], answers: Sequence[TokenIds], *_: Any, **__: Any) -> list[Nll]:
         """See `DecoderReader`. Only if there is an `nll_method`, and for prompts without vectors."""
         assert self.nll_method is not None, "the runner asks for no NLL that the server does not give"
         asked = [idx for idx, answer in enumerate(answers) if len(answer)]
@@ -316,7 +306,9 @@ def _served(section: ServerSection, reader: DecoderReader, path: Path) -> Served
     server = section.client()
     identity = server.identify(section.model)
     limits = [limit for limit in (reader.max_positions, identity.max_rows) if limit is not None]
-    if reader.decoder.sizes != read_decoder_sizes(path, "checkpoint"):
+    sizes = reader.decoder.sizes
+    # Decoders through transformers always have the scaling of their files.
+    if not isinstance(sizes, TransformersSizes) and sizes != read_decoder_sizes(path, "checkpoint"):
         logger.warning(
             f"the decoder {path} must run without rotary scaling, but the server {server.base} applies the scaling of "
             "its files. Remove it from the config.json that the server reads."
@@ -364,11 +356,11 @@ def in_order_of_end(
     size_of: Callable[[int], int],
     answer: Callable[[int], T],
 ) -> Generator[tuple[int, T], None, None]:
-    """The answers to batches, each with the batch's number, as soon as they are there.
+    """Yield the answer to each batch, with the batch's number, as soon as it is complete.
 
-    Batches of a system here come one after another. Those of a served one run in threads, so that the server always has
-    work. If the caller stops, or an answer raises an error, the requests that run are ended. The kept work of a system
-    is dropped before the next one begins.
+    A local system answers one batch after another. Batches of a served system run in threads, so that the server always
+    has work. If the caller stops, or an answer raises an error, the running requests end. Before the next system
+    begins, the last one forgets its kept work.
 
     numbers: of the batches.
     system_of: system of a batch.
@@ -391,7 +383,7 @@ def in_order_of_end(
 def _ahead(
     numbers: Sequence[int], server: CompletionsServer, size_of: Callable[[int], int], answer: Callable[[int], T]
 ) -> Generator[tuple[int, T], None, None]:
-    """Batches in threads: as many as have twice the prompts that may be in flight, since some are almost answered."""
+    """Batches in threads. They have twice as many prompts as may be in flight, since some are almost answered."""
     waiting, running = list(reversed(numbers)), dict[Future[T], int]()
     pool = ThreadPoolExecutor(max_workers=2 * server.in_flight, thread_name_prefix="batch")
     try:

@@ -1,4 +1,4 @@
-"""`arc-ds ui` finds the store of a folder, and says what to do if there is none or the port is taken."""
+"""`arc-ds ui` finds the store of a folder, and names the remedy if there is none or another program uses the port."""
 
 from __future__ import annotations
 

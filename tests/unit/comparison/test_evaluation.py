@@ -10,6 +10,7 @@ import pytest
 from arc_ds.cli import main
 from arc_ds.comparison.evaluation import is_result_folder, paired_table
 from arc_ds.errors import DataError
+from arc_ds.pages.tables import to_csv
 from tests.helpers.compared_runs import write_run
 
 pytest.importorskip("arc_ds.evaluation.comparison")
@@ -37,9 +38,13 @@ def test_systems_are_compared_in_pairs_with_intervals_and_p_values(tmp_path: Pat
     assert all(map(is_result_folder, folders)) and not is_result_folder(tmp_path)
     table = paired_table(folders)
     row = dict(zip(table.columns, next(row for row in table.rows if row[2].text == "em"), strict=True))
-    assert row["system"].text == "strong" and row["weak"].value == 40 and row["system's score"].value == 60
-    assert row["difference [95%]"].value == 20 and row["questions"].value == 100
-    assert row["p"].note == "mcnemar" and row["p"].value == pytest.approx(2 / 2**20)
+    assert row["system"].text == "strong" and row["weak"].value == 40 and row["score"].value == 60
+    assert row["difference"].value == 20 and row["n"].value == 100
+    assert row["test"].text == "mcnemar" and row["p"].value == pytest.approx(2 / 2**20)
+    one = [json.loads(line) for line in (folders[0] / "predictions.jsonl").read_text().splitlines()]
+    for folder in folders:
+        (folder / "predictions.jsonl").write_text("".join(json.dumps({**line, "cluster": "c"}) + "\n" for line in one))
+    assert "nan" not in to_csv(paired_table(folders)), "one cluster has no interval"
 
 
 def test_one_system_has_no_pair(tmp_path: Path) -> None:
@@ -54,6 +59,9 @@ def test_runs_and_results_share_a_page(
     folders = [write_results(tmp_path, "weak", 40), write_results(tmp_path, "strong", 60)]
     write_run(tmp_path / "run", {"train/loss": {1: 1.0}}, {})
     assert main(["compare", "run", *map(str, folders), "--out", "page"]) == 0
-    assert "Evaluation, paired tests" in capsys.readouterr().out
-    assert "Evaluation, paired tests" in Path("page/comparison.html").read_text()
+    assert "Paired differences from weak" in capsys.readouterr().out
+    assert "Paired differences from weak" in Path("page/comparison.html").read_text()
     assert Path("page/paired.csv").is_file()
+    assert main(["compare", "run", *map(str, folders), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["paired"]
+    assert [(each["system"], each["difference"]) for each in found if each["metric"] == "em"] == [("strong", 20)]

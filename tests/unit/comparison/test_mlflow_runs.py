@@ -167,6 +167,13 @@ def test_runs_that_cannot_be_found_are_named_with_a_remedy(store: Store) -> None
         runs_of_experiment(store, "swep")
 
 
+def test_the_name_of_a_run_may_have_quotes(store: Store) -> None:
+    run_id = find_run(store, "bare").info.run_id
+    for name in ("it's", '"it\'s"', "bare"):
+        store.client.update_run(run_id, name=name)
+        assert find_run(store, name).info.run_id == run_id
+
+
 def test_names_of_folders_and_of_runs_may_be_mixed(store: Store, tmp_path: Path) -> None:
     from tests.helpers.compared_runs import write_run
 

@@ -18,9 +18,8 @@ from arc_ds.comparison.panels import x_axes
 from arc_ds.comparison.report import Options, compare_runs, make_panels, to_json
 from arc_ds.comparison.summary import direction_of, parse_best, speed_and_memory, summarize
 from arc_ds.comparison.svg import draw_panel
-from arc_ds.comparison.tables import to_text
 from arc_ds.errors import DataError
-from arc_ds.pages.tables import Cell, Table
+from arc_ds.pages.tables import Cell, Table, to_text
 from tests.helpers.compared_runs import falling, make_run
 
 NLL = "validation/llama/continuation/nll_compressed"

@@ -133,7 +133,9 @@ def test_clusters_and_groups_of_different_files_serve_all() -> None:
 def test_others_of_different_clusters_are_refused() -> None:
     lines = questions(30, 0.4)
     bare, other = [replace(line, cluster="") for line in lines], [replace(line, cluster="x") for line in lines]
-    with pytest.raises(DataError, match=r"id 'q0' of task 'squad' has cluster 'x' and .* another result has 'p0'"):
+    with pytest.raises(
+        DataError, match=r"id 'q0' of task 'squad' has cluster 'x' and .* another answer to it has 'p0'"
+    ):
         compare_systems(system(bare), system(lines), system(other))
 
 

@@ -61,7 +61,7 @@ def test_scores_and_differences_are_those_of_scorer_and_comparison(folders, repo
     systems = read_systems(folders)
     for system, made in zip(systems, report.systems, strict=True):
         scores = score_system(system, DRAWS)
-        assert made.scores == scores.by_task and made.average.value == scores.average.value
+        assert made.by_task == scores.by_task and made.average.value == scores.average.value
     for other in systems[1:]:
         assert report.comparisons[other.name].by_task == compare_systems(systems[0], other, num_draws=DRAWS)[0].by_task
     assert report.comparisons["closed book"].by_task["squad"]["em"].value < -10  # something differs
@@ -72,7 +72,7 @@ def test_the_table_has_the_shape_of_table_1(report):
     assert list(rows[0]) == ["system", "×", "NQ EM", "SQuAD EM", "Avg."]  # the paper's order, not the alphabet's
     assert [row["system"].text for row in rows] == ["open book", "closed book", "ARC4"]
     assert [row["×"].text for row in rows] == ["1", "∞", "3.89"]
-    score = report.systems[2].scores["nq"]["em"]
+    score = report.systems[2].by_task["nq"]["em"]
     assert rows[2]["NQ EM"].text.startswith(f"{score.value:.1f}")
     assert rows[2]["NQ EM"].note == f"[{score.low:.1f}, {score.high:.1f}]"
 
@@ -128,7 +128,7 @@ def test_ratios_follow_the_protocol_and_leave_out_unknown_counts():
 
 
 def test_gap_closed_is_that_of_the_nlls(report):
-    nll = {system.name: system.scores["nq"]["nll"].value for system in report.systems}
+    nll = {system.name: system.by_task["nq"]["nll"].value for system in report.systems}
     gap = report.gap_closed["ARC4", "nq"]
     assert gap.value == (nll["closed book"] - nll["ARC4"]) / (nll["closed book"] - nll["open book"])
     assert 0.5 < gap.low < gap.value < gap.high < 1.2
@@ -140,7 +140,7 @@ def test_mismatched_contexts_lower_the_floor_of_the_gap(tmp_path, folders):
     mismatched = replace(ARC4, name="mismatched", kind="mismatched", nats=3.0)
     other = fake_results(tmp_path / "mismatched", mismatched, TASKS)
     made = make_report(read_systems([*folders, str(other)]), num_draws=DRAWS)
-    nll = {system.name: system.scores["nq"]["nll"].value for system in made.systems}
+    nll = {system.name: system.by_task["nq"]["nll"].value for system in made.systems}
     expected = (nll["mismatched"] - nll["ARC4"]) / (nll["mismatched"] - nll["open book"])
     gap = made.gap_closed["ARC4", "nq"]
     assert gap.value == expected and nll["mismatched"] < nll["closed book"]
@@ -279,7 +279,7 @@ def test_other_protocols_and_data_are_refused_unless_forced(tmp_path, folders):
             found = {row["value"].text: row["systems"].text for row in rows}
             assert found == {CLEAN.references: "open book", "first": "ARC4"}
     assert forced.comparisons["ARC4"].by_task["squad"]["em"].n == 50  # the questions that both have
-    assert forced.systems[0].scores["squad"]["em"].n == 60
+    assert forced.systems[0].by_task["squad"]["em"].n == 60
     rows = rows_of(score_table(forced, with_paper=False))
     assert [row["system"].note for row in rows] == ["", "≠ other questions, data or protocol"]
     assert [row["SQuAD EM"].note.split(" n=")[1] for row in rows] == ["60", "50"]
@@ -313,7 +313,7 @@ def test_the_verdict_counts_clear_tasks_and_states_the_cost(report, folders):
     assert (closed["worse in"].text, closed["better in"].text, closed["not clear"].value) == ("1: SQuAD", "–", 1)
     assert "▼" not in rows_of(score_table(report, with_paper=False))[1]["NQ EM"].text
     assert arc["not clear"].value == 2 and (arc["×"].text, closed["×"].text) == ("3.89", "∞")
-    assert arc["prompt rows"].value == report.systems[2].mean_size("prompt_rows")
+    assert arc["prompt rows"].value == report.mean_size(report.systems[2], "prompt_rows")
     made = make_report(read_systems(folders), baseline="closed book", metric="nll", num_draws=DRAWS)
     assert rows_of(verdict_table(made))[0]["better in"].text == "2: NQ, SQuAD"  # lower NLL is better
 
@@ -361,7 +361,7 @@ def test_training_seeds_are_one_system(tmp_path, folders):
         system = replace(ARC4, name=f"ARC4 of seed {seed}")
         seeds.append(str(fake_results(tmp_path / str(seed), system, TASKS)))
     made = make_report(read_systems([folders[0], ",".join(seeds)]), num_draws=DRAWS)
-    assert len(made.systems) == 2 and made.systems[1].scores["nq"]["em"].seed_sd > 0
+    assert len(made.systems) == 2 and made.systems[1].by_task["nq"]["em"].seed_sd > 0
     assert SEEDS_NOTE in notes_of(made)
     counts = rows_of(count_table(made))
     assert [row["answers"].value for row in counts] == [40, 60, 120, 180]
@@ -375,7 +375,7 @@ def test_sampled_answers_are_one_sample(tmp_path, folders):
     made = make_report(read_systems([folders[0], str(tmp_path / "sampled.jsonl")]), num_draws=DRAWS)
     first = {(each.task, each.id): each.prediction for each in answers}
     assert made.samples and all(each.prediction == first[each.task, each.id] for each in made.samples)
-    assert made.systems[1].scores["nq"]["em"].n == 40
+    assert made.systems[1].by_task["nq"]["em"].n == 40
 
 
 def test_counts_of_stops_and_skipped_samples_are_shown(tmp_path):
@@ -391,7 +391,8 @@ def test_names_of_points_at_one_place_do_not_cover_each_other():
     svg = scatter_plot(points, "x", "y")
     found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class=name>', svg)
     places = [(float(x), float(y)) for x, y in found]
-    assert len(places) == 6
+    assert len(places) == 6 and "system 0: 50.00 [49.00, 52.00] at 4<" in svg
+    assert "at ∞<" in scatter_plot([points[0]._replace(x=math.inf)], "x", "y")
     for (x, y), (other_x, other_y) in combinations(places, 2):
         assert abs(y - other_y) >= 11.9 or abs(x - other_x) > 48  # a name is 12 high and 48 wide
 

@@ -1,4 +1,4 @@
-"""Result files: what is read, written and refused."""
+"""Result files: reading, writing, and errors."""
 
 from __future__ import annotations
 
@@ -102,6 +102,10 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text(json.dumps(LINE), encoding="utf-16")
     with pytest.raises(DataError, match=r"b.jsonl is UTF-16, expected UTF-8. Convert it: iconv"):
         read_results(tmp_path / "b.jsonl")
+    write(tmp_path / PREDICTIONS, LINE)
+    (tmp_path / RUN).write_text('{"systems": [1], "skipped": {"too long": 3}, "shortened": {"": {"nq": "x"}}}')
+    (file,) = read_results(tmp_path)
+    assert (file.description, file.skipped, file.shortened) == ({}, {"too long": {}}, {}), "another program's"
     (tmp_path / RUN).write_text("[]")
     with pytest.raises(DataError, match=r"run.json: expected a JSON object"):
         read_run(tmp_path)
@@ -122,7 +126,10 @@ def test_systems_are_named_by_field_file_or_path(tmp_path: Path) -> None:
     assert len(set(twice)) == 2
 
 
-def test_files_between_commas_are_seeds_of_one_system(tmp_path: Path) -> None:
+def test_files_between_commas_are_seeds_of_one_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = [write(Path(f"{n}{'x' * 90}.jsonl"), {**LINE, "system": "arc"}) for n in range(3)]
+    assert len(read_systems([",".join(map(str, long))])[0].seeds) == 3, "the list is too long for the name of a file"
     paths = [str(write(tmp_path / f"{name}.jsonl", {**LINE, "system": "arc"})) for name in "abc"]
     (found,) = read_systems([",".join(paths)])
     assert found.name == "arc" and [str(seed.path) for seed in found.seeds] == paths

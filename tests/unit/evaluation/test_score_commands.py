@@ -64,10 +64,10 @@ def test_the_table_has_intervals_average_and_signatures(tmp_path: Path, capsys, 
     with caplog.at_level(logging.WARNING):
         assert main(["eval", "score", f"{path},{other}"]) == 0
     out = capsys.readouterr().out
-    head, *rows = out.splitlines()
-    assert head.split("  ")[0] == "system" and head.endswith("clusters  sd of seeds")
+    title, head, *rows = out.splitlines()
+    assert title == "All metrics" and head.split()[:6] == ["system", "task", "metric", "score", "low", "high"]
     assert [row.split()[1:3] for row in rows[:8:7]] == [["flores", "bleu"], ["average", "headlines"]]
-    assert "bleu: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp" in out and " to " in rows[0]
+    assert "bleu: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp" in out
     assert "Otherwise they hold for its seeds." in out
     assert "2 predictions of task squad are empty; they are scored as such" in caplog.text
     assert "2 answers of task squad have a reference without text, which 'substring' finds" in caplog.text
@@ -78,6 +78,9 @@ def test_questions_that_were_not_asked_are_named(tmp_path: Path, capsys, caplog)
     with caplog.at_level(logging.WARNING):
         printed(capsys, "score", "--json", str(tmp_path))
     assert "2 questions of task squad were not asked (too long); the scores leave them out" in caplog.text
+    write_results(tmp_path, questions(6, 0.4), {"skipped": {"too long": {"": {"squad": 3}}, "other": None}})
+    printed(capsys, "score", "--json", str(tmp_path))
+    assert "3 questions of task squad were not asked" in caplog.text
 
 
 def test_one_cluster_has_null_limits(tmp_path: Path, capsys) -> None:
@@ -101,7 +104,7 @@ def test_compare_prints_the_differences_to_the_first_system(tmp_path: Path, caps
 
     assert main(["eval", "compare", *paths]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("b against a\ntask ") and "\n\nc against a\n" in out and "detectable" in out
+    assert out.startswith("Paired differences from a\n  system ") and "\n  c " in out and "detectable" in out
     assert "mcnemar" in out and f"+{em['value']:.2f}" in out and "seeds" not in out
     assert main(["eval", "compare", f"{paths[0]},{paths[2]}", paths[1]]) == 0
     assert capsys.readouterr().out.endswith(f"{SEEDS_NOTE}\n")

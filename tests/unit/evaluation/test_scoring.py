@@ -217,6 +217,8 @@ def test_clusters_of_any_training_seed_serve_all() -> None:
     lines = questions(30, 0.5)
     bare = [replace(line, cluster="") for line in lines]
     assert score_system(system(bare, lines)).by_task["squad"]["em"].num_clusters == 10
+    sampled = [*bare, *(replace(line, seed=1) for line in lines)]
+    assert score_system(system(sampled)).by_task["squad"]["em"].num_clusters == 10
 
 
 def test_empty_answers_and_blank_references_are_counted() -> None:

@@ -15,7 +15,8 @@ from arc_ds.evaluation.datasets import find_task
 from arc_ds.evaluation.plan import LoadedTask, make_plan
 from arc_ds.evaluation.protocol import CLEAN, REFERENCE
 from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
-from arc_ds.evaluation.shorten import Part, shorten
+from arc_ds.evaluation.shorten import shorten
+from arc_ds.evaluation.systems.budget import Part
 from arc_ds.evaluation.systems.kind import SystemSettings
 from tests.helpers import fake_eval
 

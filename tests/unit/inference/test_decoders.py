@@ -18,10 +18,10 @@ from arc_ds.cli import main
 from arc_ds.errors import WeightsError
 from arc_ds.export.formats import write_export
 from arc_ds.inference.decoders import NativeFiles, open_decoder, read_decoder_sizes
-from arc_ds.inference.generate import generate_ids
 from arc_ds.inference.load import open_arc_folder
 from arc_ds.model.transformers_decoder import check_length
 from arc_ds.model.transformers_files import TransformersFiles
+from tests.helpers.generation import generate_ids
 from tests.helpers.tiny_data import write_json_tokenizer
 from tests.helpers.tiny_export import tiny_trained, write_decoder
 

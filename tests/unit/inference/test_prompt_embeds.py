@@ -60,20 +60,6 @@ def test_the_embedding_table_alone_gives_the_same_rows(folder: Path, model: ArcM
             use()
 
 
-def test_vectors_of_an_earlier_compression_take_the_place_of_their_contexts(model: ArcModel) -> None:
-    prompts = [model.segments(prompt) for prompt in PROMPTS[:2]]
-    vectors = [*model.compress([TEXT, OTHER]), *model.compress([TEXT], marker="rec")]
-    assert model.generate_ids(prompts, vectors=vectors) == model.generate_ids(prompts)
-    pairs = zip(model.prompt_embeds(prompts, vectors=vectors), model.prompt_embeds(prompts), strict=True)
-    for given, expected in pairs:
-        torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
-    other = [-v for v in vectors]
-    assert model.generate_ids(prompts, vectors=other) != model.generate_ids(prompts)
-    for wrong in (vectors[:2], [v[:, :-1] for v in vectors], [v[1:] for v in vectors]):
-        with pytest.raises(DataError, match="the vectors have shape"):
-            model.generate_ids(prompts, vectors=wrong)
-
-
 def test_one_text_in_place_of_a_list_is_refused(model: ArcModel) -> None:
     with pytest.raises(DataError, match="prompts is one str"):
         model.prompt_embeds("text")

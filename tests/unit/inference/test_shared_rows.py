@@ -403,14 +403,8 @@ def _nll(found: DecoderReader, prompt: Rows, answer: TokenIds) -> float:
 
 
 def test_batches_keep_to_the_limit_of_rows() -> None:
-    assert list(row_batches([3, 3, 3, 8, 1, 20, 2], 8)) == [
-        range(2),
-        range(2, 3),
-        range(3, 4),
-        range(4, 5),
-        range(5, 6),
-        range(6, 7),
-    ]
+    alone = [range(place, place + 1) for place in range(2, 7)]
+    assert list(row_batches([3, 3, 3, 8, 1, 20, 2], 8)) == [range(2), *alone]
     assert list(row_batches([2, 2, 2, 2], 8)) == [range(4)] and list(row_batches([], 8)) == []
 
 
@@ -426,6 +420,8 @@ def test_wrong_limits_and_vectors_are_one_clear_error() -> None:
     found, prompt = make_reader(), [ids(3, 0)]
     with pytest.raises(ConfigError, match="max_new_tokens has 2 limits for 1 prompts"):
         found.continue_rows([prompt], max_new_tokens=[1, 2])
+    with pytest.raises(ConfigError, match="max_new_tokens is -1; expected a whole number from 0"):
+        found.continue_rows([prompt], max_new_tokens=-1)
     with pytest.raises(ConfigError, match="max_rows is 0; expected a whole number from 1"):
         found.continue_rows([prompt], max_new_tokens=1, max_rows=0)
     for wrong in (vectors(2, 0)[:, :-1], vectors(2, 0)[0], vectors(0, 0)):

@@ -69,7 +69,15 @@ def test_log_ticks_fit_any_range():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(57570.0, "57.57k"), (0.00012345, "0.0001234"), (2000.0, "2000"), (3e9, "3G"), (math.nan, "nan")],
+    [
+        (57570.0, "57.57k"),
+        (0.00012345, "0.0001234"),
+        (2000.0, "2000"),
+        (3e9, "3G"),
+        (9999.6, "10k"),
+        (999999.0, "1M"),
+        (math.nan, "nan"),
+    ],
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text

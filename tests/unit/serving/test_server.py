@@ -522,6 +522,7 @@ def test_answers_that_run_are_given_up_after_the_grace_or_a_second_signal(
         if grace_s < 1:
             wait_for(lambda: found.server.should_exit)
         found.server.handle_exit(15, None)
+        assert found.server.config.timeout_graceful_shutdown == 0, "uvicorn would wait for 5 s"
         wait_for(lambda: found.service._generation._is_closed)
         hold.release()
         assert running.result().status == 503 and running.result().error["code"] == "stopping"

@@ -19,8 +19,8 @@ from arc_ds.evaluation.sample import Document, EvalPrompt, EvalSample
 from arc_ds.evaluation.systems import KINDS
 from arc_ds.evaluation.systems.ceped import CepedSystem, SplitSizes, split_prompt, split_prompt_as_published
 from arc_ds.evaluation.systems.kind import SystemSettings
-from arc_ds.inference.generate import generate_ids
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
+from tests.helpers.generation import generate_ids
 from tests.helpers.tiny_ceped import write_tiny_ceped
 from tests.helpers.tokenizer_files import KEEPS_TEXT, sentencepiece_model
 

@@ -46,20 +46,8 @@ from arc_ds.evaluation.systems.llmlingua2 import (
 WORDS = (
     *("the", "cat", "Paris", "is", "a", "city", "on", "river", "Seine", "München", "größe", "Москва", "столица"),
     *("北京", "是首都", "नमस्ते", "שלום", "1889", "3.5", "tower", "built", "for", "fair", "quickly", "don't", "A.B."),
-    *(
-        "state-of-the-art",
-        "e.g.",
-        "unbelievably",
-        "compressed",
-        "vectors",
-        "!!!",
-        "(",
-        ")",
-        "--",
-        "@user",
-        "x=y,",
-        "🙂",
-    ),
+    *("state-of-the-art", "e.g.", "unbelievably", "compressed", "vectors", "!!!", "(", ")", "--", "@user", "x=y,"),
+    "🙂",
 )
 CPU = torch.device("cpu")
 UNKNOWN = "☃"  # no token of the vocabulary

@@ -240,6 +240,23 @@ def test_samples_beyond_the_servers_window_are_left_out(
         assert make(folder, "open", url=url).max_rows == 70
 
 
+def test_a_scaling_that_the_server_must_not_apply_is_named(
+    folder: Path, model: ArcModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("transformers")
+    path = shutil.copytree(folder / "decoder", tmp_path / "decoder")
+    config = path / "config.json"
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rope_scaling": scaling}))
+    section = KINDS["open"].section
+    with serving(FakeVllm(model)) as url:
+        for changes in ({}, {"implementation": "transformers"}, {"rope_scaling": "none"}):
+            caplog.clear()
+            server = ServerSection(url=url)
+            KINDS["open"].build(section(decoder=str(path), server=server, **changes), settings("open"))
+            assert ("must run without rotary scaling" in caplog.text) == ("rope_scaling" in changes), changes
+
+
 Fault = Callable[[Path, ArcModel], FakeVllm]
 REFUSALS: dict[str, tuple[Fault, str, dict[str, Any], str]] = {
     "no embeddings": (

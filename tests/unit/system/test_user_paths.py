@@ -119,7 +119,7 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 NO_PATHS = {
     *("overrides", "format", "prompt", "stop", "text_field", "quality_field", "member", "register", "help"),
     *("upstream", "upstream_model", "host", "api_key", "name", "ray_address"),
-    *("system", "task", "tasks", "baseline", "experiment", "best", "metrics"),
+    *("system", "task", "tasks", "baseline", "experiment", "log", "best", "metrics"),
 }
 NAMES_OF_DECODERS = {("import", "decoder"), ("export", "decoder")}
 

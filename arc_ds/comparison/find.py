@@ -82,7 +82,10 @@ def find_store(uri: str | None, wanted: Sequence[str] = ()) -> Store:
     looked = ", ".join(str(folder / DATABASE) for folder in folders)
     own = next((each for folder in folders for each in sorted(folder.glob(f"*/{DATABASE}"))), None)
     if own is not None:
-        remedy = f"Each run in {own.parents[1]} has a store of its own: compare the folders of the runs."
+        remedy = (
+            f"Each run in {own.parents[1]} has a store of its own: compare the folders of the runs, or name one store, "
+            f"such as --tracking-uri {own.parent}."
+        )
     else:
         remedy = (
             "Give the folder of the run, or the store with --tracking-uri, such as sqlite:///runs/mlflow.db or "

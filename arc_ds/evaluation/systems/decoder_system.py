@@ -180,6 +180,7 @@ class TextSystem(DecoderSystem):
 
     description: kind of the system and its options, for `describe`.
     shorten: the text of a document that the decoder reads, from (document, query); None: the whole document.
+    depends_on_query: whether `shorten` uses the query. Questions on one document then share no part of it.
     uses_documents: see `System`.
     """
 
@@ -192,9 +193,11 @@ class TextSystem(DecoderSystem):
         description: Mapping[str, Any],
         layout: Layout = PLAIN,
         shorten: Callable[[str, str], str] | None = None,
+        depends_on_query: bool = False,
         uses_documents: bool = True,
     ) -> None:
         super().__init__(name, reader, settings, layout=layout)
+        self._depends_on_query = depends_on_query
         self.uses_documents = uses_documents
         self._kind = dict(description)
         self._shorten = None if shorten is None else lru_cache(_NUM_KEPT)(shorten)
@@ -205,6 +208,11 @@ class TextSystem(DecoderSystem):
             raise DataError(f"{self.name} reads no documents, but the prompt of {prompt.sample.id} has some.")
         texts = iter(self._texts(prompt))
         return [next(texts) if isinstance(part, Document) else part for part in prompt.parts]
+
+    def num_shared_rows(self, prompt: EvalPrompt) -> int:
+        """See `KeepsWork`."""
+        has_own = prompt.shared and _documents(replace(prompt, parts=prompt.shared)) == _documents(prompt)
+        return 0 if self._depends_on_query and has_own else super().num_shared_rows(prompt)
 
     def lengths_of_documents(self, prompt: EvalPrompt) -> dict[str, int]:
         """`kept_decoder_tokens`: the decoder's tokens of shortened documents."""
@@ -546,6 +554,7 @@ def text_system(
     description: Mapping[str, Any],
     *,
     shorten: Callable[[str, str], str] | None = None,
+    depends_on_query: bool = False,
     uses_documents: bool = True,
 ) -> TextSystem:
     """The system of a section and its opened reader. Other arguments: see `TextSystem`."""
@@ -556,6 +565,7 @@ def text_system(
         description=description,
         layout=section.layout(reader),
         shorten=shorten,
+        depends_on_query=depends_on_query,
         uses_documents=uses_documents,
     )
 
@@ -593,6 +603,7 @@ def build_bm25(section: ShortenedSection, settings: SystemSettings) -> TextSyste
         reader,
         {"kind": "bm25", **section.description()},
         shorten=lambda text, query: choose_sentences(text, query, budget(text), tokenizer),
+        depends_on_query=True,
     )
 
 

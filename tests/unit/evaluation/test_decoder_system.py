@@ -164,6 +164,16 @@ def test_a_long_document_is_read_once_for_all_questions_on_it(
     assert [answer.text for answer in found] == [answer.text for answer in apart] and len(read) == 1
 
 
+@pytest.mark.parametrize(("kind", "shares"), [("bm25", False), ("truncated", True)])
+def test_planned_rows_are_those_that_questions_on_a_long_document_share(folder: Path, kind: str, shares: bool) -> None:
+    """BM25 chooses other sentences for each question, so it would take the memory of all of them."""
+    samples = [replace(eval_sample(n, "narrativeqa"), passages=(f"{TOWER} {LAMP} " * 4,)) for n in range(2)]
+    asked = make_prompts(TASKS["narrativeqa"], samples, None, CLEAN)[0]
+    system = make(folder, kind, tokens=40)
+    assert (system.num_shared_rows(asked) >= 40) == shares and (system.num_shared_rows(asked) == 0) != shares
+    assert system.num_shared_rows(prompt()) > 0, "in-context examples have questions of their own"
+
+
 def test_long_documents_are_compressed_in_chunks_as_in_training(folder: Path, model: ArcModel) -> None:
     """Each chunk has a marker, and a shorter document is one chunk."""
     system, encoder = make(folder, "arc", chunk_tokens=21), model.encoder_tokenizer
